@@ -1,0 +1,1 @@
+"""One file per mechanism: what it is, its reference, its fast path, its cost model."""

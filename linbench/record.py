@@ -1,0 +1,206 @@
+"""The contract of a result: what became of a cell, and which numbers each outcome may carry.
+
+Schema history (the number is in every line that is written; readers keep every older one):
+
+1. First version: a ``run`` line with the environment, then one ``cell`` line for each cell.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from linbench.cell import Cell
+
+SCHEMA_VERSION = 1
+
+
+class Status(StrEnum):
+    """What became of a cell. Only ``ok`` and ``noisy`` carry measurements."""
+
+    OK = "ok"
+    NOISY = "noisy"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    UNSUPPORTED = "unsupported"
+    COMPILE_ERROR = "compile_error"
+    INCORRECT = "incorrect"
+    CRASH = "crash"
+    IMPOSSIBLE = "impossible"
+
+
+MEASURED = frozenset({Status.OK, Status.NOISY})
+
+
+class Block(BaseModel):
+    """A part of a record: no unknown fields, no NaN, no infinity."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, use_attribute_docstrings=True)
+
+
+class Cost(Block):
+    """The mechanism's own cost model for the cell: what an ideal implementation has to do."""
+
+    flops: int
+    """Floating-point operations of the pass; one multiply-add is two. Exponentials and divisions are left out."""
+    min_bytes: int
+    """Bytes that must cross memory when every input is read once and every output written once."""
+    state_bytes: int | None
+    """Bytes kept to decode the next token after N tokens, or null when the mechanism cannot decode."""
+
+
+class Check(Block):
+    """The output, and the gradients where the pass has them, against the mechanism's own fp64 reference."""
+
+    passed: bool
+    rows: int
+    """Query rows that were compared."""
+    rows_total: int
+    relative_error: float
+    """Frobenius norm of the difference over that of the reference, over the compared rows."""
+    worst_row_error: float
+    """Largest norm of one row's difference, over the root mean square norm of a reference row."""
+    gradient_errors: dict[str, float] = Field(default_factory=dict)
+    """Relative Frobenius error of the gradients by name (``dq``, ``dk``, ``dv``, and extras)."""
+    tolerance: float
+    """The bound on ``relative_error`` and on each gradient's; ``worst_row_error`` may be ten times as large."""
+
+
+class Speed(Block):
+    """Raw samples of time. Statistics are computed on reading."""
+
+    clock: Literal["perf_counter", "cuda_event"]
+    warmup_ms: list[float]
+    """The calls before the samples, in order; the first one holds compilation and first touches."""
+    samples_ms: list[float]
+    """Milliseconds of one call each (of the mean call, when ``calls_per_sample`` is above 1), in order."""
+    calls_per_sample: int
+    stop: Literal["converged", "time_budget", "sample_limit"]
+    """Why sampling ended: the interval of the median was narrow enough, or the budget or the limit was reached."""
+    threads: int
+    foreign_cpu_cores: float | None
+    """Cores kept busy by other processes while sampling; null where the system does not tell."""
+
+
+class Memory(Block):
+    """Peak memory of one call beyond what was there before it (inputs and parameters)."""
+
+    method: Literal["VmHWM", "torch.cuda.max_memory_allocated"]
+    increment_bytes: int
+    """Median of ``samples_bytes``: peak during the call minus the level just before it."""
+    samples_bytes: list[int]
+    inputs_bytes: int
+    """Bytes of q, k, v and extras, and of the output's gradient where the pass reads one: not in the increment."""
+
+
+class Error(Block):
+    """The output against exact softmax attention in fp64 on the inputs as rounded."""
+
+    protocol: int
+    """Version of the definition in ``linbench/measure/error.py``."""
+    reading: Literal["error", "distance"]
+    """``error`` for exact mechanisms and approximators; ``distance`` for a different operator."""
+    rows: int
+    rows_total: int
+    relative_error: float
+    """Frobenius norm of (output − truth) over that of the truth."""
+    relative_error_interval: tuple[float, float] | None
+    """95 % bootstrap interval over query positions, when only a sample of rows was judged."""
+    trivial_error: float
+    """The same figure for the mean of the visible values."""
+    exact_error: float
+    """The same figure for exact attention computed in the cell's dtype."""
+    skill: float
+    """1 − relative_error / trivial_error: 1 is perfect, 0 is no better than the mean, negative is worse."""
+    excess: float | None
+    """relative_error / exact_error, or null when exact attention in this dtype makes no error at all."""
+    row_cosine_mean: float
+    row_error_quantiles: dict[str, float]
+    """Quantiles of each row's own relative error: ``p05``, ``p50``, ``p95``, ``p99``, ``max``."""
+
+
+class Record(Block):
+    """What became of a cell: a status, the reason where it is not ``ok``, and the blocks that this status allows."""
+
+    kind: Literal["cell"] = "cell"
+    schema_version: int = SCHEMA_VERSION
+    run: str
+    """Name of the run whose file holds this record."""
+    time: str
+    """When the cell ended, UTC, ISO 8601."""
+    cell: Cell
+    code: str
+    """Hash of the source that made the numbers: mechanism, inputs, measures, library versions."""
+    measures: list[str]
+    """The measures that were asked for."""
+    status: Status
+    reason: str | None = None
+    time_limit_s: float
+    memory_limit_bytes: int | None = None
+    stages_s: dict[str, float] = Field(default_factory=dict)
+    """Seconds that the worker spent in each stage."""
+    elapsed_s: float
+    """Seconds from the parent's request to the record."""
+    cost: Cost | None = None
+    check: Check | None = None
+    speed: Speed | None = None
+    memory: Memory | None = None
+    error: Error | None = None
+
+    @model_validator(mode="after")
+    def _status_decides_blocks(self) -> Record:
+        if self.status is not Status.OK and not self.reason:
+            raise ValueError(f"a record with status {self.status} needs a reason")
+        if self.status in MEASURED and (self.check is None or not self.check.passed):
+            raise ValueError(f"a record with status {self.status} needs a check that passed")
+        if self.status is Status.INCORRECT and (self.check is None or self.check.passed):
+            raise ValueError("a record with status incorrect needs a check that failed")
+        if self.status not in MEASURED and (self.speed or self.memory or self.error):
+            raise ValueError(f"a record with status {self.status} cannot carry a measurement")
+        return self
+
+
+class Environment(Block):
+    """Where and with what a run was measured."""
+
+    machine: str
+    """Folder name under ``results/``: the device's model in lower case, with its core count."""
+    cpu: str
+    cpu_flags: list[str]
+    """The vector extensions among the processor's flags."""
+    cores_physical: int
+    cores_logical: int
+    threads: int
+    """Threads of CPU cells."""
+    memory_bytes: int
+    gpus: list[str]
+    driver: str | None
+    cuda: str | None
+    python: str
+    torch: str
+    triton: str | None
+    blas: str
+    os: str
+    clock: str
+    """The kernel's clock source."""
+    governor: str | None
+    linbench: str
+    commit: str | None
+    dirty: str | None
+    """Hash of the uncommitted changes, or null when there are none."""
+
+
+class Run(Block):
+    """The first line of a results file: what was asked for, and the environment that answered."""
+
+    kind: Literal["run"] = "run"
+    schema_version: int = SCHEMA_VERSION
+    run: str
+    time: str
+    command: str
+    """The command that makes this run again."""
+    cells: int
+    """Cells in the plan, those already finished included."""
+    environment: Environment
