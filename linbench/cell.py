@@ -24,7 +24,8 @@ class Cell(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     mechanism: str
-    target: str | None = Field(None, description="import path 'module.Class' of a mechanism that is not registered")
+    target: str | None = None
+    """Import path ``module.Class`` of a mechanism that is not linbench's own."""
     hyperparameters: dict[str, Scalar] = Field(default_factory=dict)
     implementation: str = "torch"
     length: PositiveInt
@@ -34,8 +35,10 @@ class Cell(BaseModel):
     value_dim: PositiveInt = 64
     dtype: Dtype = "float32"
     causal: bool = False
-    pass_: Pass = Field("forward", alias="pass")
+    pass_: Pass = Field(default="forward", alias="pass")
     inputs: str = "gaussian"
+    inputs_target: str | None = None
+    """Import path ``module.function`` of an input family that is not linbench's own."""
     inputs_parameters: dict[str, Scalar] = Field(default_factory=dict)
     device: str = "cpu"
     device_parameters: dict[str, Scalar] = Field(default_factory=dict)

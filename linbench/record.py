@@ -47,7 +47,7 @@ class Cost(Block):
     """Floating-point operations of the pass; one multiply-add is two. Exponentials and divisions are left out."""
     min_bytes: int
     """Bytes that must cross memory when every input is read once and every output written once."""
-    state_bytes: int | None
+    state_bytes: int | None = None
     """Bytes kept to decode the next token after N tokens, or null when the mechanism cannot decode."""
 
 
@@ -58,14 +58,16 @@ class Check(Block):
     rows: int
     """Query rows that were compared."""
     rows_total: int
-    relative_error: float
-    """Frobenius norm of the difference over that of the reference, over the compared rows."""
-    worst_row_error: float
+    relative_error: float | None = None
+    """Frobenius norm of the difference over that of the reference, over the compared rows; null if not finite."""
+    worst_row_error: float | None = None
     """Largest norm of one row's difference, over the root mean square norm of a reference row."""
     gradient_errors: dict[str, float] = Field(default_factory=dict)
     """Relative Frobenius error of the gradients by name (``dq``, ``dk``, ``dv``, and extras)."""
     tolerance: float
     """The bound on ``relative_error`` and on each gradient's; ``worst_row_error`` may be ten times as large."""
+    finding: str | None = None
+    """What is wrong, when the check did not pass."""
 
 
 class Speed(Block):
@@ -80,7 +82,7 @@ class Speed(Block):
     stop: Literal["converged", "time_budget", "sample_limit"]
     """Why sampling ended: the interval of the median was narrow enough, or the budget or the limit was reached."""
     threads: int
-    foreign_cpu_cores: float | None
+    foreign_cpu_cores: float | None = None
     """Cores kept busy by other processes while sampling; null where the system does not tell."""
 
 
@@ -106,15 +108,16 @@ class Error(Block):
     rows_total: int
     relative_error: float
     """Frobenius norm of (output − truth) over that of the truth."""
-    relative_error_interval: tuple[float, float] | None
+    relative_error_interval: tuple[float, float] | None = None
     """95 % bootstrap interval over query positions, when only a sample of rows was judged."""
     trivial_error: float
     """The same figure for the mean of the visible values."""
     exact_error: float
     """The same figure for exact attention computed in the cell's dtype."""
-    skill: float
-    """1 − relative_error / trivial_error: 1 is perfect, 0 is no better than the mean, negative is worse."""
-    excess: float | None
+    skill: float | None = None
+    """1 − relative_error / trivial_error: 1 is perfect, 0 is no better than the mean, negative is worse; null where the
+    mean is the truth, as for a single token."""
+    excess: float | None = None
     """relative_error / exact_error, or null when exact attention in this dtype makes no error at all."""
     row_cosine_mean: float
     row_error_quantiles: dict[str, float]
@@ -176,19 +179,19 @@ class Environment(Block):
     """Threads of CPU cells."""
     memory_bytes: int
     gpus: list[str]
-    driver: str | None
-    cuda: str | None
+    driver: str | None = None
+    cuda: str | None = None
     python: str
     torch: str
-    triton: str | None
+    triton: str | None = None
     blas: str
     os: str
     clock: str
     """The kernel's clock source."""
-    governor: str | None
+    governor: str | None = None
     linbench: str
-    commit: str | None
-    dirty: str | None
+    commit: str | None = None
+    dirty: str | None = None
     """Hash of the uncommitted changes, or null when there are none."""
 
 

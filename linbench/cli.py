@@ -1,0 +1,210 @@
+"""The verbs, and the data flow in the order in which it happens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linbench import __version__
+from linbench.errors import UsageError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+VERBS = {
+    "run": "measure a sweep: linbench run +sweep=smoke",
+    "plan": "show what a sweep would measure, what it costs and what is left out, without running it",
+    "report": "build the report of results files or folders",
+    "list": "show mechanisms, inputs, sweeps, measures and devices",
+    "doctor": "say whether this machine is fit to measure",
+}
+USAGE, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The ``linbench`` command. Returns its exit code: 0, 1 for an unfit machine, 2 for bad input, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.showwarning = _show_warning
+    try:
+        return _dispatch(argv)
+    except UsageError as error:
+        print(f"linbench: {error}", file=sys.stderr)
+        return USAGE
+    except BrokenPipeError:  # `linbench list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv[:1] in (["-sc"], ["--shell-completion"]):
+        return _complete(argv)
+    verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if verb in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if verb in ("-V", "--version"):
+        print(f"linbench {__version__}")
+        return 0
+    if verb in ("run", "plan"):
+        from linbench.hydra_front import compose_and_call
+
+        return compose_and_call(run if verb == "run" else plan, verb, rest)
+    if verb in ("report", "list", "doctor"):
+        return {"report": report, "list": list_choices, "doctor": doctor}[verb](rest)
+    raise UsageError(f"unknown verb '{verb}'; choose from {', '.join(VERBS)}")
+
+
+def _help() -> str:
+    lines = [f"  {verb:8}{text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        [
+            "linbench: which attention mechanism at my length, on my device, and what do I lose?",
+            "",
+            *lines,
+            "",
+            '`linbench VERB --help` says more. Completion: eval "$(linbench -sc install=bash)"',
+        ]
+    )
+
+
+def run(config: DictConfig, command: str) -> int:
+    """Config → plan → runner → store → report."""
+    from linbench.hydra_front import checked
+    from linbench.progress import SweepProgress, duration
+    from linbench.runner import Runner
+    from linbench.sweep import execute, prepare
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is a Ctrl-C
+    asked = checked(config)
+    try:
+        with Runner() as runner:
+            plan = prepare(asked, runner)
+            _announce(plan)
+            if plan.pending:
+                with SweepProgress(plan.pending) as progress:
+                    execute(plan, runner, command, progress)
+    except KeyboardInterrupt:
+        print(f"\nStopped. What was measured is kept; this goes on from there: {command}", file=sys.stderr)
+        return INTERRUPTED
+    records = plan.records
+    files = [plan.folder / f"{name}.jsonl" for name in sorted({record.run for record in records})]
+    spent = duration(sum(record.elapsed_s for record in records))
+    print(f"{_tally(records)}; {spent} of measuring. Records: {files[-1]}")
+    print(f"Report: {_write_report(files, files[-1].with_suffix('.report'), files[-1].stem, records)}")
+    return 0
+
+
+def plan(config: DictConfig, _command: str) -> int:
+    """Config → plan, shown."""
+    from linbench.hydra_front import checked
+    from linbench.plan_table import show
+    from linbench.runner import Runner
+    from linbench.sweep import prepare
+
+    with Runner() as runner:
+        show(prepare(checked(config), runner))
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """Records → report."""
+    from linbench.store import read_all, results_files
+
+    parser = argparse.ArgumentParser(prog="linbench report", description=VERBS["report"])
+    parser.add_argument("paths", nargs="*", default=["results"], help="results files or folders (default: results)")
+    parser.add_argument("--output", help="folder to write (default: report, beside the results)")
+    parser.add_argument("--title", help="heading of the page")
+    options = parser.parse_args(argv)
+    paths = [Path(path) for path in options.paths]
+    files = results_files(paths)
+    beside = paths[0] if paths[0].is_dir() else paths[0].parent
+    folder = Path(options.output) if options.output else beside / "all.report"
+    _, records = read_all(files)
+    page = _write_report(files, folder, options.title or f"linbench: {', '.join(options.paths)}", records)
+    print(f"{_tally(records)}. Report: {page}")
+    return 0
+
+
+def list_choices(argv: list[str]) -> int:
+    """What there is to choose from."""
+    from linbench.listing import GROUPS, show
+
+    parser = argparse.ArgumentParser(prog="linbench list", description=VERBS["list"])
+    parser.add_argument("group", nargs="?", choices=GROUPS, help="one group only (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    show([options.group] if options.group else list(GROUPS), as_json=options.json)
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """Is this machine fit to measure?"""
+    from linbench.doctor import examine
+
+    argparse.ArgumentParser(prog="linbench doctor", description=VERBS["doctor"]).parse_args(argv)
+    return examine()
+
+
+def _announce(plan: Any) -> None:
+    for problem in plan.problems:
+        print(f"linbench: warning: {problem}", file=sys.stderr)
+    pending, finished = len(plan.pending), len(plan.finished)
+    known = f", {finished} more are finished already" if finished else ""
+    environment = plan.environment
+    where = (
+        ", ".join(environment.gpus) or f"{environment.cpu}, {environment.threads} of {environment.cores_logical} CPUs"
+    )
+    print(f"{pending} cells{known}. {where}. Results: {plan.folder}")
+
+
+def _tally(records: Sequence[Any]) -> str:
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[str(record.status)] = counts.get(str(record.status), 0) + 1
+    parts = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
+    return f"{len(records)} cells: {parts}"
+
+
+def _write_report(files: Sequence[Path], folder: Path, title: str, records: Sequence[Any]) -> Path:
+    from linbench.report.page import write_report
+    from linbench.store import read
+
+    runs = [run for run, _ in (read(path) for path in files)]
+    try:
+        return write_report(records, runs, folder, title)
+    except OSError as error:
+        raise UsageError(f"the report cannot be written to {folder}: {error.strerror or error}") from error
+
+
+def _complete(argv: list[str]) -> int:
+    """Shell completion: the verb is ours, the rest is Hydra's.
+
+    Hydra's script calls ``linbench -sc query=SHELL`` with the typed line in COMP_LINE; the verb is taken out of it.
+    """
+    from linbench.hydra_front import hydra_completion
+
+    typed = re.match(r"^\s*(\S+)\s+(\S+)(\s.*)$", os.environ.get("COMP_LINE", ""))
+    if any(argument.startswith("query=") for argument in argv):
+        if not typed:
+            begun = os.environ.get("COMP_LINE", "").split()[1:]
+            print(*(verb for verb in VERBS if not begun or verb.startswith(begun[0])))
+            return 0
+        if typed[2] not in ("run", "plan"):
+            return 0
+        os.environ["COMP_LINE"] = typed[1] + typed[3]
+    return hydra_completion(argv)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"linbench: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

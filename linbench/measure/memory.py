@@ -1,0 +1,85 @@
+"""Memory: how far one call rises above the level just before it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from linbench.measure.call import Call, tensors_bytes
+from linbench.record import Memory
+
+
+class UnmeasurableMemoryError(RuntimeError):
+    """This system does not tell a process its own peak."""
+
+
+def measure_memory(call: Call, _output: Tensor, *, repeats: int = 3) -> Memory:
+    """Peak of one call of the pass beyond its inputs.
+
+    On CUDA the peak of torch's allocator. On the CPU the process's own high-water mark, which the kernel resets on
+    request; freed memory is first handed back to the system, so that the call cannot hide in it. For ``backward`` the
+    forward is part of the level before.
+
+    Raises:
+        UnmeasurableMemoryError: a CPU cell on a system without a resettable high-water mark.
+    """
+    peak = _cuda_increment if call.q.is_cuda else _resident_increment
+    samples = [peak(call) for _ in range(repeats)]
+    return Memory(
+        method="torch.cuda.max_memory_allocated" if call.q.is_cuda else "VmHWM",
+        increment_bytes=int(statistics.median(samples)),
+        samples_bytes=samples,
+        inputs_bytes=tensors_bytes(call.q, call.k, call.v, *call.extras.values(), call.output_gradient),
+    )
+
+
+def _cuda_increment(call: Call) -> int:
+    part = call.timed_part()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = part()
+    torch.cuda.synchronize()
+    increment = torch.cuda.max_memory_allocated() - before
+    del result
+    return increment
+
+
+def _resident_increment(call: Call) -> int:
+    part = call.timed_part()
+    _return_freed_memory()
+    before = _reset_high_water_mark()
+    result = part()
+    increment = _status_bytes("VmHWM") - before
+    del result
+    return max(0, increment)
+
+
+def _return_freed_memory() -> None:
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other libraries keep less
+        if trim is not None:
+            trim(0)
+
+
+def _reset_high_water_mark() -> int:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise UnmeasurableMemoryError(f"the high-water mark of a process cannot be reset here: {error}") from error
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise UnmeasurableMemoryError(f"/proc/self/status has no {name}")
+    return int(found[1]) * 1024

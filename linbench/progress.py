@@ -1,0 +1,91 @@
+"""How far a sweep is: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from linbench.plan import Step
+from linbench.record import Record, Status
+from linbench.stats import median_interval
+
+
+class SweepProgress:
+    """Cells done, the current cell, the time left. The estimate learns from the cells that have ended."""
+
+    def __init__(self, steps: Sequence[Step], console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._left_s = sum(step.estimated_s for step in steps if not step.skip)
+        self._total = len(steps)
+        self._done = 0
+        self._estimated_s = self._spent_s = 0.0
+        self._bar = Progress(
+            TextColumn("{task.percentage:>3.0f} %"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.description}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=self._total, left="")
+        self._began = time.perf_counter()
+
+    def starts(self, step: Step) -> None:
+        """Show the cell that is about to run."""
+        self._began = time.perf_counter()
+        self._bar.update(self._task, description=step.cell.label, left=self._time_left())
+
+    def ended(self, step: Step, record: Record) -> None:
+        """Count the cell, and print its line where there is no terminal."""
+        self._done += 1
+        if not step.skip:
+            self._left_s -= step.estimated_s
+            self._estimated_s += step.estimated_s
+            self._spent_s += record.elapsed_s
+        self._bar.update(self._task, advance=1, left=self._time_left())
+        if not self._console.is_terminal:
+            line = f"[{self._done}/{self._total}] {step.cell.label}: {summary(record)}; {self._time_left()}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elif record.status not in (Status.OK, Status.NOISY) and not step.skip:
+            self._bar.print(f"{step.cell.label}: {summary(record)}", markup=False, highlight=False)
+
+    def _time_left(self) -> str:
+        pace = self._spent_s / self._estimated_s if self._estimated_s else 1.0
+        return f"{duration(max(0.0, self._left_s * pace))} left"
+
+    def __enter__(self) -> SweepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def summary(record: Record) -> str:
+    """A record in a few words."""
+    words = [str(record.status)]
+    if record.speed:
+        words.append(f"{median_interval(record.speed.samples_ms).value:.4g} ms")
+    if record.memory:
+        words.append(f"+{record.memory.increment_bytes / 2**20:.4g} MiB")
+    if record.error:
+        words.append(f"{record.error.reading} {record.error.relative_error:.3g}")
+    if record.reason:
+        words.append(f"({record.reason})")
+    return " ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``40 s``, ``3 min``, ``2 h 05 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

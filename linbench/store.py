@@ -1,0 +1,127 @@
+"""Append and read results: one JSON line per cell, durable line by line, one file per run."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from linbench.errors import UsageError
+from linbench.record import SCHEMA_VERSION, Record, Run
+
+Line = TypeVar("Line", Run, Record)
+
+
+class RunFile:
+    """A results file that is being written. Every line is on the disk before :meth:`append` returns."""
+
+    def __init__(self, folder: Path, run: Run) -> None:
+        """Create ``folder/RUN.jsonl`` with the run as its first line.
+
+        Raises:
+            UsageError: the folder or the file cannot be written.
+        """
+        self.path = folder / f"{run.run}.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("x", encoding="utf-8")
+            self._write(run)
+            directory = os.open(folder, os.O_RDONLY)
+            os.fsync(directory)  # without this the file's name may be lost with the machine's power
+            os.close(directory)
+        except OSError as error:
+            raise UsageError(f"results_dir: cannot write {self.path}: {error.strerror or error}") from error
+
+    def append(self, record: Record) -> None:
+        """Write one record as one line and wait until it is on the disk."""
+        self._write(record)
+
+    def _write(self, line: BaseModel) -> None:
+        self._file.write(line.model_dump_json(by_alias=True, exclude_none=True) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> RunFile:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> tuple[Run, list[Record]]:
+    """Read one results file.
+
+    A last line that was cut off in mid-write is dropped with a warning.
+
+    Raises:
+        UsageError: the file cannot be read, is not one of linbench's, or was written by a newer linbench.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    cut_off = lines.pop()  # what follows the last newline: nothing, unless the writer was killed
+    if cut_off:
+        warnings.warn(f"{path}: the last line was cut off in mid-write and is left out", stacklevel=2)
+    if not lines:
+        raise UsageError(f"{path} is not a linbench results file: it has no complete line")
+    run = _parse(lines[0], Run, path, 1)
+    return run, [_parse(line, Record, path, number) for number, line in enumerate(lines[1:], 2) if line.strip()]
+
+
+def _parse(text: str, model: type[Line], path: Path, number: int) -> Line:
+    try:
+        content = json.loads(text)
+        kind, schema = content["kind"], int(content["schema_version"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is not a linbench results file: line {number} is none of its lines") from error
+    if schema > SCHEMA_VERSION:
+        raise UsageError(f"{path} has schema {schema}; this linbench reads schemas up to {SCHEMA_VERSION}: upgrade it")
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"]) or kind
+        what = error.errors()[0]["msg"]
+        raise UsageError(f"{path} is not a linbench results file: line {number}, {where}: {what}") from error
+
+
+def results_files(paths: Iterable[Path]) -> list[Path]:
+    """The results files among ``paths``: files as they are, folders searched through.
+
+    Raises:
+        UsageError: a path does not exist, or there is no results file at all.
+    """
+    named = list(paths)
+    found: list[Path] = []
+    for path in named:
+        if path.is_dir():
+            found.extend(sorted(path.rglob("*.jsonl")))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UsageError(f"{path} does not exist; name a results file or a folder of them")
+    if not found:
+        where = ", ".join(str(path) for path in named)
+        raise UsageError(f"no results (*.jsonl) under {where}; `linbench run +sweep=smoke` makes some")
+    return found
+
+
+def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
+    """Read several files: their runs, and the newest record of every cell on every machine, oldest first."""
+    runs: list[Run] = []
+    newest: dict[tuple[str, str], Record] = {}
+    for run, records in sorted((read(path) for path in paths), key=lambda pair: pair[0].time):
+        runs.append(run)
+        for record in records:
+            key = (run.environment.machine, record.cell.key)
+            newest.pop(key, None)  # so that the newest stands last
+            newest[key] = record
+    return runs, list(newest.values())
