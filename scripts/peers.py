@@ -1,0 +1,343 @@
+"""Our mechanisms against the packages that people would install instead, on a CPU, in one process.
+
+Both sides get the same tensors, must agree, and are then timed in ABBA order. Projections (q, k, v and output layers)
+are left out on both sides. Run by ``scripts/bench_peers``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+import linbench
+from linbench.mechanisms.base import Mechanism
+
+SCHEMA_VERSION = 1
+BATCH, HEADS, WIDTH = 1, 8, 64
+GIB = 2**30
+Operator = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison at one length: the same leaves for both sides."""
+
+    leaves: tuple[Tensor, ...]
+    ours: Operator
+    peer: Operator
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A mechanism of ours and a peer's form of the same operator."""
+
+    mechanism: str
+    package: str
+    form: str
+    """What is called, and what was taken out or set so that both compute the same."""
+    make: Callable[[int], Pair]
+    tolerance: float
+    """Largest relative Frobenius distance of outputs and of gradients, both sides in float32."""
+    peer_bytes: Callable[[int, bool], float] = field(default=lambda length, backward: 0)
+    """About what the peer allocates at a length, without and with backward: rows that cannot fit are not tried."""
+
+
+def build(name: str, causal: bool, **hyperparameters: Any) -> Mechanism:
+    """One of ours at the geometry of the comparison."""
+    return linbench.build(name, heads=HEADS, key_dim=WIDTH, value_dim=WIDTH, causal=causal, **hyperparameters)
+
+
+def draw(*shape: int) -> Tensor:
+    """Standard normal numbers that require a gradient, the same in every call of one length."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def heads_first(length: int) -> tuple[Tensor, ...]:
+    """q, k, v in ``[B, H, N, D]``, all different."""
+    stacked = draw(3, BATCH, HEADS, length, WIDTH).detach()
+    return tuple(operand.clone().requires_grad_() for operand in stacked)
+
+
+def on_hidden_states(mechanism: Mechanism) -> Operator:
+    """The mechanism on ``[B, N, H·D]`` with q = k = v, as a module without projections computes it."""
+
+    def attend(x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
+        return mechanism(heads, heads, heads).transpose(1, 2).flatten(2)
+
+    return attend
+
+
+def linformer(length: int) -> Pair:
+    """LinformerSelfAttention without its four linear layers, our E in both of its projections."""
+    from linformer import LinformerSelfAttention
+
+    mechanism = build("linformer", causal=False, projection="gaussian")
+    x = draw(BATCH, length, HEADS * WIDTH)
+    peer = LinformerSelfAttention(HEADS * WIDTH, seq_len=length, k=mechanism.rank, heads=HEADS)
+    peer.to_q = peer.to_k = peer.to_v = peer.to_out = torch.nn.Identity()
+    E = mechanism.matrix(x).mT.contiguous()
+    peer.proj_k = peer.proj_v = torch.nn.Parameter(E, requires_grad=False)
+    return Pair((x,), on_hidden_states(mechanism), peer)
+
+
+def longformer(length: int) -> Pair:
+    """LongformerSelfAttention without its linear layers, window 512."""
+    from transformers.models.longformer.modeling_longformer import LongformerConfig, LongformerSelfAttention
+
+    class Copy(torch.nn.Module):
+        """In the place of the query layer: what follows scales its result in place."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clone()
+
+    mechanism = build("longformer", causal=False, window=512)
+    config = LongformerConfig(hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, attention_window=[512])
+    peer = LongformerSelfAttention(config, layer_id=0).eval()
+    peer.query, peer.key, peer.value = Copy(), torch.nn.Identity(), torch.nn.Identity()
+    masks = {
+        "attention_mask": torch.zeros(BATCH, length),
+        "is_index_masked": torch.zeros(BATCH, length, dtype=torch.bool),
+        "is_index_global_attn": torch.zeros(BATCH, length, dtype=torch.bool),
+        "is_global_attn": False,
+    }
+    x = draw(BATCH, length, HEADS * WIDTH)
+    return Pair((x,), on_hidden_states(mechanism), lambda x: peer(x, **masks)[0])
+
+
+def performer(length: int, causal: bool) -> Pair:
+    """FastAttention's two steps with our projection and without its ε, which would be another operator."""
+    from performer_pytorch import performer_pytorch as package
+
+    mechanism = build("performer", causal=causal)
+    options = {"projection_matrix": mechanism.projection.float(), "eps": 0.0}
+    attend = package.causal_linear_attention_noncuda if causal else package.linear_attention
+
+    def peer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        features = (package.softmax_kernel(x, is_query=query, **options) for x, query in ((q, True), (k, False)))
+        return attend(*features, v)
+
+    return Pair(heads_first(length), mechanism, peer)
+
+
+def linear(length: int, form: str) -> Pair:
+    """fla's form on elu + 1 of q and k; its ``[B, N, H, D]`` are transposed views of our tensors."""
+    from fla.ops.linear_attn import naive
+
+    attend = getattr(naive, form)
+
+    def peer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        features = (torch.nn.functional.elu(x.transpose(1, 2)) + 1 for x in (q, k))
+        output = attend(*features, v.transpose(1, 2), normalize=True)
+        return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+
+    return Pair(heads_first(length), build("linear", causal=True), peer)
+
+
+def retention(length: int) -> Pair:
+    """fla's quadratic form, the only one of its that runs on a CPU."""
+    from fla.ops.retention.naive import naive_retention
+
+    return Pair(heads_first(length), build("retnet", causal=True), naive_retention)
+
+
+TOKEN_BYTES = 4 * BATCH * HEADS
+COMPARISONS = (
+    Comparison("linformer", "linformer", "LinformerSelfAttention, k=256, no projections", linformer, 1e-4),
+    Comparison("longformer", "transformers", "LongformerSelfAttention, w=512, no projections", longformer, 1e-4),
+    Comparison("performer", "performer-pytorch", "linear_attention, m=256, ε=0", lambda n: performer(n, False), 1e-3),
+    Comparison(
+        "performer causal",
+        "performer-pytorch",
+        "causal_linear_attention_noncuda, m=256, ε=0",
+        lambda n: performer(n, True),
+        1e-3,
+        # a state per token, and the backward keeps it for all chunks
+        lambda n, backward: 3 * TOKEN_BYTES * 256 * WIDTH * (n if backward else 128),
+    ),
+    Comparison(
+        "linear causal", "fla-core", "naive_chunk_linear_attn", lambda n: linear(n, "naive_chunk_linear_attn"), 1e-4
+    ),
+    Comparison(
+        "linear causal",
+        "fla-core",
+        "naive_recurrent_linear_attn",
+        lambda n: linear(n, "naive_recurrent_linear_attn"),
+        1e-4,
+        lambda n, backward: 3 * TOKEN_BYTES * WIDTH * WIDTH * (n if backward else 1),
+    ),
+    Comparison(
+        "retnet",
+        "fla-core",
+        "naive_retention",
+        retention,
+        1e-4,
+        lambda n, backward: (6 if backward else 4) * TOKEN_BYTES * n * n,
+    ),
+)
+
+
+def call(operator: Operator, leaves: tuple[Tensor, ...], toward: Tensor | None) -> tuple[Tensor, ...]:
+    """The output, and the gradients of the leaves where there is a ``toward`` to differentiate along."""
+    if toward is None:
+        with torch.no_grad():
+            return (operator(*leaves),)
+    output = operator(*leaves)
+    return output.detach(), *torch.autograd.grad(output, leaves, toward)
+
+
+def seconds(operator: Operator, leaves: tuple[Tensor, ...], toward: Tensor | None) -> float:
+    """One call."""
+    start = time.perf_counter()
+    call(operator, leaves, toward)
+    return time.perf_counter() - start
+
+
+def busy_seconds() -> tuple[float, float]:
+    """CPU seconds of the whole machine and of this process so far."""
+    whole, own = psutil.cpu_times(), os.times()
+    return sum(whole) - whole.idle - getattr(whole, "iowait", 0.0), own.user + own.system
+
+
+def measure(comparison: Comparison, length: int, pass_: str, rounds: int, budget_s: float) -> dict[str, Any]:
+    """Check and time one row; a dict with samples, or with a reason."""
+    backward = pass_ == "forward_backward"
+    needed, free = comparison.peer_bytes(length, backward), psutil.virtual_memory().available
+    if needed > free / 2:
+        return {"reason": f"the peer needs about {needed / GIB:.0f} GiB, {free / GIB:.0f} are free"}
+    try:
+        pair = comparison.make(length)
+    except ImportError as error:
+        return {"reason": f"not installed: {error}"}
+    toward = draw(*call(pair.ours, pair.leaves, None)[0].shape).detach() if backward else None
+    started = time.perf_counter()
+    theirs = call(pair.peer, pair.leaves, toward)
+    first_call_s = time.perf_counter() - started
+    distance = max(
+        ((a - b).norm() / b.norm()).item() for a, b in zip(call(pair.ours, pair.leaves, toward), theirs, strict=True)
+    )
+    del theirs
+    if not distance < comparison.tolerance:
+        return {"reason": f"disagrees: relative distance {distance:.1e}", "distance": distance}
+    samples, foreign = abba(pair, toward, rounds, budget_s)
+    return {"distance": distance, "peer_first_call_ms": first_call_s * 1e3, "foreign_cpu_cores": foreign, **samples}
+
+
+def abba(pair: Pair, toward: Tensor | None, rounds: int, budget_s: float) -> tuple[dict[str, list[list[float]]], float]:
+    """Milliseconds per side and round, two a round, in the order ours, peer, peer, ours; and foreign CPU in cores."""
+    ours: list[list[float]] = []
+    peer: list[list[float]] = []
+    (whole, own), start = busy_seconds(), time.perf_counter()
+    while len(ours) < rounds and (len(ours) < 2 or time.perf_counter() - start < budget_s):
+        gc.collect()
+        a, b, c, d = (seconds(side, pair.leaves, toward) * 1e3 for side in (pair.ours, pair.peer, pair.peer, pair.ours))
+        ours.append([a, d])
+        peer.append([b, c])
+    (whole_after, own_after), wall = busy_seconds(), time.perf_counter() - start
+    foreign = max(0.0, (whole_after - whole) - (own_after - own)) / wall
+    return {"ours_ms": ours, "peer_ms": peer}, foreign
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """Medians, their ratio peer / ours, and its 95 % bootstrap interval over rounds."""
+    ours, peer = np.array(row["ours_ms"]), np.array(row["peer_ms"])
+    drawn = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
+    ratios = np.median(peer[drawn], axis=(1, 2)) / np.median(ours[drawn], axis=(1, 2))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    medians = {"ours_median_ms": float(np.median(ours)), "peer_median_ms": float(np.median(peer))}
+    ratio = medians["peer_median_ms"] / medians["ours_median_ms"]
+    return {**medians, "ratio": ratio, "ratio_95": [float(low), float(high)]}
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every comparison, pass and length; lengths rise, so that a peer too slow at one is not tried at the next."""
+    for comparison, pass_ in product(COMPARISONS, arguments.passes):
+        expected_s = 0.0
+        for length in sorted(arguments.lengths):
+            row = {key: getattr(comparison, key) for key in ("mechanism", "package", "form")}
+            row |= {"length": length, "pass": pass_}
+            if expected_s > arguments.budget:
+                row["reason"] = f"the peer would need more than {arguments.budget:g} s a call"
+            else:
+                row |= measure(comparison, length, pass_, arguments.rounds, arguments.budget)
+            if "ours_ms" in row:
+                row |= summary(row)
+                expected_s = 2 * statistics.median(sum(row["peer_ms"], [])) / 1e3
+            yield row
+
+
+HEADER = ("mechanism", "peer", "pass", "N", "ours, ms", "peer, ms", "peer / ours", "95 %", "foreign CPU")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the table."""
+    key = (row["mechanism"], f"{row['package']}: {row['form']}", row["pass"], str(row["length"]))
+    if "reason" in row:
+        return (*key, "—", row["reason"], "—", "—", "—")
+    low, high = row["ratio_95"]
+    numbers = (f"{row['ours_median_ms']:.1f}", f"{row['peer_median_ms']:.1f}", f"{row['ratio']:.2f}")
+    return (*key, *numbers, f"{low:.2f} … {high:.2f}", f"{row['foreign_cpu_cores']:.2f}")
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on."""
+    cpu_info = Path("/proc/cpuinfo")
+    models = [line for line in cpu_info.read_text().splitlines() if "model name" in line] if cpu_info.exists() else []
+    packages = ("torch", "linformer", "transformers", "performer-pytorch", "fla-core")
+    return {
+        "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "linbench": linbench.__version__,
+        "packages": {name: version(name) for name in packages},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "shape": {"batch": BATCH, "heads": HEADS, "head_dim": WIDTH, "value_dim": WIDTH, "dtype": "float32"},
+    }
+
+
+def main() -> None:
+    """Print the table as it grows; write peers.json and peers.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
+    passes = ["forward", "forward_backward"]
+    parser.add_argument("--passes", nargs="+", choices=passes, default=passes)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10, help="ABBA rounds a row, fewer where the budget ends first")
+    parser.add_argument("--budget", type=float, default=8, help="seconds of timing a row, and longest call of a peer")
+    parser.add_argument("--output", type=Path, default=Path("results/peers"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")  # deprecations inside the peers
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "environment": environment(), "rows": []}
+    lines = [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
+    print(*lines, sep="\n")
+    for row in rows(arguments):
+        record["rows"].append(row)
+        lines.append(f"| {' | '.join(cells(row))} |")
+        print(lines[-1], flush=True)
+    (arguments.output / "peers.json").write_text(json.dumps(record, indent=1) + "\n")
+    (arguments.output / "peers.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
