@@ -1,0 +1,166 @@
+"""The answer in sentences: which mechanism is fastest where, where exact attention is passed, and what is lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from linbench.record import Record
+from linbench.report.crossover import Crossover
+from linbench.report.names import length_ranges, listing, setting_names, variant_names
+from linbench.report.pareto import common_length
+from linbench.report.points import EXACT, Point, Points, Series, Setting
+from linbench.report.units import error, skill, tokens
+from linbench.stats import ratio_of_medians
+
+_MOST_NAMED = 8
+_TIE = 1.25
+"""Medians further apart than this factor are not examined for a tie: few intervals are that wide."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found in one setting."""
+
+    heading: str
+    sentences: list[str]
+
+
+def summary(points: Points, records: Sequence[Record]) -> str:
+    """How much there is in the report, with every status counted."""
+    statuses = Counter(record.status for record in records)
+    counted = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in statuses.most_common())
+    lengths = sorted({point.length for point in points.pooled})
+    if not lengths:
+        return "There are no records."
+    reach = tokens(lengths[0]) if len(lengths) == 1 else f"{tokens(lengths[0])} to {tokens(lengths[-1])}"
+    mechanisms = len({series.mechanism for series in points.series})
+    variants = f" in {len(points.series)} variants and implementations" if len(points.series) > mechanisms else ""
+    return (
+        f"{mechanisms} {_plural('mechanism', mechanisms)}{variants}, "
+        f"{len(lengths)} {_plural('length', len(lengths))} ({reach} tokens), "
+        f"{len(records):,} {_plural('record', len(records))}: {counted}."
+    )
+
+
+def make_answers(points: Points, crossings: dict[Setting, list[Crossover]], names: dict[Series, str]) -> list[Answer]:
+    """One answer for each setting."""
+    headings, variants = setting_names(points.settings), variant_names(points.series)
+    return [
+        Answer(
+            headings[setting],
+            [
+                *_fastest(group, names),
+                *_passing(group, crossings[setting], names),
+                *_losses(points, setting, crossings[setting], variants),
+            ],
+        )
+        for setting, group in points.by_setting.items()
+    ]
+
+
+def _fastest(group: list[Point], names: dict[Series, str]) -> list[str]:
+    """Which series is fastest at which lengths, and where that is too close to call."""
+    timed = [point for point in group if point.latency_ms]
+    lengths = sorted({point.length for point in timed})
+    if not lengths:
+        return ["Nothing was timed here: see what failed and why."]
+    won: dict[Series, list[int]] = {}
+    ties: dict[tuple[Series, Series], list[int]] = {}
+    for length in lengths:
+        first, *others = sorted((p for p in timed if p.length == length), key=_latency)
+        won.setdefault(first.series, []).append(length)
+        for other in others:
+            close = _latency(other) < _TIE * _latency(first)
+            if close and ratio_of_medians(other.samples_ms, first.samples_ms).sign == 0:
+                ties.setdefault((first.series, other.series), []).append(length)
+    wins = [f"{names[series]} at {length_ranges(where, lengths)}" for series, where in won.items()]
+    sentences = [f"Fastest: {listing(wins)}."]
+    if ties:
+        close_calls = [
+            f"{names[a]} and {names[b]} at {length_ranges(where, lengths)}" for (a, b), where in ties.items()
+        ]
+        sentences.append(f"Too close to call: {_cut(close_calls, '; ')}.")
+    return sentences
+
+
+def _passing(group: list[Point], found: list[Crossover], names: dict[Series, str]) -> list[str]:
+    """Where each mechanism passes exact attention; series with the same finding share a sentence."""
+    if not any(point.series.mechanism == EXACT for point in group):
+        return ["Exact softmax attention was not measured here, so there is nothing to pass and no crossover."]
+    if all(point.series.mechanism == EXACT for point in group):
+        return ["Only exact softmax attention was measured here, so there is no crossover."]
+    if not found:
+        return ["Exact softmax attention gave no time here, so there is no crossover."]
+    findings: dict[str, list[str]] = {}
+    for one in sorted(found, key=lambda one: (one.high is None, one.high or 0)):
+        findings.setdefault(one.finding, []).append(names[one.series])
+    return [*(f"{what}: {_cut(who)}." for what, who in findings.items()), *_exact_missing(group)]
+
+
+def _exact_missing(group: list[Point]) -> list[str]:
+    """Lengths at which something else was timed and no implementation of exact attention was, and why not."""
+    exact = [point for point in group if point.series.mechanism == EXACT]
+    timed = {point.length for point in group if point.latency_ms}
+    missing = sorted(timed - {point.length for point in exact if point.latency_ms})
+    if not missing:
+        return []
+    why = sorted({point.status.replace("_", " ") for point in exact if point.length in missing and not point.measured})
+    because = f" ({', '.join(why)})" if why else ""
+    return [f"Exact softmax gave no time at {length_ranges(missing, [p.length for p in group])}{because}."]
+
+
+def _losses(points: Points, setting: Setting, found: list[Crossover], names: dict[Series, str]) -> list[str]:
+    """Error and skill of what is not exact attention, best first, at the common length of each family of inputs."""
+    judged = [p for p in points.by_inputs if p.setting == setting and p.errors and p.series.mechanism != EXACT]
+    if not judged:
+        return (
+            ["Error was not measured here."] if any(p.setting == setting and p.measured for p in points.pooled) else []
+        )
+    passing = {one.series for one in found if one.high is not None}
+    sentences = []
+    for inputs in sorted({point.inputs or "" for point in judged}):
+        family = [p for p in judged if p.inputs == inputs and (p.series in passing or not passing)]
+        if family:
+            length = common_length(family)
+            there = [point for point in family if point.length == length]
+            who = "What those that pass it lose" if passing else "What is lost"
+            sentences.append(f"{who} at {tokens(length)} on {inputs} inputs: {_loss_list(there, names)}.")
+    return sentences
+
+
+def _loss_list(points: list[Point], names: dict[Series, str]) -> str:
+    """Best skill first; those without any are named together."""
+    # implementations of one variant differ in rounding only: the first speaks for all
+    first = {names[point.series]: point for point in reversed(points)}
+    ordered = sorted(first.values(), key=lambda point: -_skill(point))
+    useful = [_loss(point, names) for point in ordered if _skill(point) > 0]
+    useless = [_loss(point, names) for point in ordered if _skill(point) <= 0]
+    parts = [_cut(useful)] if useful else []
+    parts += [f"no better than the mean of the visible values: {_cut(useless)}"] if useless else []
+    return "; ".join(parts)
+
+
+def _cut(parts: list[str], separator: str = ", ") -> str:
+    hidden = len(parts) - _MOST_NAMED
+    shown = parts if hidden <= 0 else [*parts[:_MOST_NAMED], f"{hidden} more in the tables"]
+    return listing(shown) if separator == ", " else separator.join(shown)
+
+
+def _loss(point: Point, names: dict[Series, str]) -> str:
+    wrong = error(point.relative_error.value) if point.relative_error else "unknown"
+    reading = "error" if point.reading == "error" else "distance"
+    return f"{names[point.series]} ({reading} {wrong}, skill {skill(_skill(point))})"
+
+
+def _skill(point: Point) -> float:
+    return point.error_median("skill") or 0.0
+
+
+def _latency(point: Point) -> float:
+    return point.latency_ms.value if point.latency_ms else float("inf")
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"

@@ -1,0 +1,77 @@
+"""Records -> a tidy table, one row for each record, failures included: what ``cells.csv`` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from linbench.record import Record, Run
+from linbench.report.points import inputs_of, series_of
+from linbench.stats import median_interval
+
+
+def records_frame(records: Sequence[Record], runs: Sequence[Run]) -> pd.DataFrame:
+    """One row for each record, in their order. Units are in the column names; what was not measured is empty."""
+    machines = {run.run: run.environment.machine for run in runs}
+    rows = [
+        _identity(record, machines.get(record.run)) | _speed(record) | _memory(record) | _error(record)
+        for record in records
+    ]
+    return pd.DataFrame(rows)
+
+
+def _identity(record: Record, machine: str | None) -> dict[str, Any]:
+    cell = record.cell
+    return {
+        "run": record.run,
+        "time": record.time,
+        "key": cell.key,
+        "machine": machine,
+        "device": cell.device,
+        "mechanism": cell.mechanism,
+        "hyperparameters": series_of(cell).hyperparameters,
+        "implementation": cell.implementation,
+        "length_tokens": cell.length,
+        "batch": cell.batch,
+        "heads": cell.heads,
+        "head_dim": cell.head_dim,
+        "value_dim": cell.value_dim,
+        "dtype": cell.dtype,
+        "causal": cell.causal,
+        "pass": cell.pass_,
+        "inputs": inputs_of(cell),
+        "seed": cell.seed,
+        "status": str(record.status),
+        "reason": record.reason,
+    }
+
+
+def _speed(record: Record) -> dict[str, Any]:
+    names = ("latency_ms", "latency_low_ms", "latency_high_ms", "latency_min_ms", "latency_coverage", "samples")
+    if record.speed is None:
+        return dict.fromkeys((*names, "stop", "threads", "foreign_cpu_cores"))
+    estimate = median_interval(record.speed.samples_ms)
+    values = (estimate.value, estimate.low, estimate.high, estimate.minimum, estimate.coverage, estimate.count)
+    return dict(zip(names, values, strict=True)) | {
+        "stop": record.speed.stop,
+        "threads": record.speed.threads,
+        "foreign_cpu_cores": record.speed.foreign_cpu_cores,
+    }
+
+
+def _memory(record: Record) -> dict[str, Any]:
+    memory = record.memory
+    return {
+        "memory_increment_bytes": memory.increment_bytes if memory else None,
+        "memory_inputs_bytes": memory.inputs_bytes if memory else None,
+        "memory_method": memory.method if memory else None,
+    }
+
+
+def _error(record: Record) -> dict[str, Any]:
+    names = ("reading", "relative_error", "trivial_error", "exact_error", "skill", "excess", "row_cosine_mean")
+    low, high = (record.error.relative_error_interval if record.error else None) or (None, None)
+    values = {name: getattr(record.error, name) if record.error else None for name in names}
+    return values | {"relative_error_low": low, "relative_error_high": high}

@@ -1,0 +1,131 @@
+"""League tables: for each setting, family of inputs and length, what every series needed and lost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from linbench.report import units
+from linbench.report.crossover import fastest_exact
+from linbench.report.names import setting_names, variant_name
+from linbench.report.pareto import common_length
+from linbench.report.points import Point, Points, Series, Setting
+from linbench.stats import Estimate, ratio_of_medians
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: text that is ready to be shown."""
+
+    series: Series
+    variant: str
+    latency: str = units.MISSING
+    ratio: str = units.MISSING
+    memory: str = units.MISSING
+    skill: str = units.MISSING
+    error: str = units.MISSING
+    excess: str = units.MISSING
+    reading: str = units.MISSING
+    status: str = ""
+    reason: str = ""
+    best: frozenset[str] = field(default_factory=frozenset)
+    """Names of the columns in which no row of the table is better."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """All series at one length."""
+
+    length: str
+    rows: list[Row]
+    first_seen: bool
+    """Whether it is the one that the page shows opened: the longest length that most series answered."""
+
+
+@dataclass(frozen=True)
+class League:
+    """The tables of one setting and one family of inputs, from the shortest length to the longest."""
+
+    heading: str
+    tables: list[Table]
+
+
+def make_leagues(points: Points) -> list[League]:
+    """One league for each setting and family of inputs."""
+    names = setting_names(points.settings)
+    grouped: dict[tuple[Setting, str], list[Point]] = defaultdict(list)
+    for point in points.by_inputs:
+        grouped[point.setting, point.inputs or ""].append(point)
+    leagues = []
+    for (setting, inputs), group in sorted(grouped.items(), key=lambda item: (item[0][0].order, item[0][1])):
+        opened = common_length([point for point in group if point.measured] or group)
+        by_length: dict[int, list[Point]] = defaultdict(list)
+        for point in group:
+            by_length[point.length].append(point)
+        tables = [Table(units.tokens(n), make_rows(by_length[n]), n == opened) for n in sorted(by_length)]
+        leagues.append(League(f"{names[setting]}, {inputs} inputs", tables))
+    return leagues
+
+
+def make_rows(points: Sequence[Point]) -> list[Row]:
+    """The rows of one table: timed ones by latency, then the others that were measured, then what failed."""
+    exact = next(iter(fastest_exact(points).values()), None)
+    best = _best(points)
+    ordered = sorted(points, key=lambda p: (not p.measured, _value(p.latency_ms), p.series.order))
+    return [
+        _row(point, exact, frozenset(name for name, winner in best.items() if winner is point)) for point in ordered
+    ]
+
+
+def _row(point: Point, exact: Point | None, best: frozenset[str]) -> Row:
+    latency, memory, wrong = point.latency_ms, point.memory_bytes, point.relative_error
+    skill, excess = point.error_median("skill"), point.error_median("excess")
+    return Row(
+        series=point.series,
+        variant=variant_name(point.series),
+        latency=_latency(latency) if latency else units.MISSING,
+        ratio=_ratio(point, exact) if latency and exact else units.MISSING,
+        memory=units.size(memory.value) if memory else units.MISSING,
+        skill=units.skill(skill) if skill is not None else units.MISSING,
+        error=_error(wrong) if wrong else units.MISSING,
+        excess=units.ratio(excess) if excess is not None else units.MISSING,
+        reading=point.reading or units.MISSING,
+        status=point.status.replace("_", " "),
+        reason=point.reason,
+        best=best,
+    )
+
+
+def _best(points: Sequence[Point]) -> dict[str, Point]:
+    """Column -> the point that is best in it. A distance cannot win a prize for accuracy."""
+    ranked = {
+        "latency": {point: estimate.value for point in points if (estimate := point.latency_ms)},
+        "memory": {point: estimate.value for point in points if (estimate := point.memory_bytes)},
+        "error": {p: e.value for p in points if (e := p.relative_error) and p.reading == "error"},
+        "skill": {p: -s for p in points if p.reading == "error" and (s := p.error_median("skill")) is not None},
+    }
+    return {name: min(values, key=lambda point: values[point]) for name, values in ranked.items() if len(values) > 1}
+
+
+def _latency(estimate: Estimate) -> str:
+    """A dagger says that there were too few samples for 95 %."""
+    return units.latency(estimate) + ("" if estimate.coverage >= 0.95 else " †")
+
+
+def _ratio(point: Point, exact: Point) -> str:
+    """Against the fastest exact implementation; ≈ where the interval of the ratio holds 1."""
+    if point is exact:
+        return "1×"
+    ratio = ratio_of_medians(point.samples_ms, exact.samples_ms)
+    return f"{'' if ratio.sign else '≈ '}{units.ratio(ratio.value)}"
+
+
+def _error(estimate: Estimate) -> str:
+    if estimate.low == estimate.high:
+        return units.error(estimate.value)
+    return f"{units.error(estimate.value)} [{units.error(estimate.low)}, {units.error(estimate.high)}]"
+
+
+def _value(estimate: Estimate | None) -> float:
+    return estimate.value if estimate else float("inf")

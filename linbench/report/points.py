@@ -1,0 +1,227 @@
+"""Records -> points: what one series of one setting did at one length, over all inputs and seeds that were run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from linbench.cell import Cell, Scalar
+from linbench.record import Error, Record, Run, Status
+from linbench.stats import Estimate, Samples, median_interval, pooled_median
+
+EXACT = "softmax"
+"""The mechanism whose implementations are the exact attention that all others are held against."""
+_PASSES = ("forward", "backward", "forward_backward")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What must be equal for two latencies to be comparable, the length aside."""
+
+    machine: str
+    device: str
+    dtype: str
+    causal: bool
+    pass_: str
+    batch: int
+    heads: int
+    head_dim: int
+    value_dim: int
+
+    @property
+    def order(self) -> tuple[str, str, str, tuple[int, ...], bool, int]:
+        """Sorts settings: machine, device, dtype and shape first, so that neighbours differ by mask and pass."""
+        shape = (self.batch, self.heads, self.head_dim, self.value_dim)
+        return (self.machine, self.device, self.dtype, shape, self.causal, _PASSES.index(self.pass_))
+
+    @property
+    def shape(self) -> str:
+        """The sizes that are not the length, in words."""
+        return f"batch {self.batch}, {self.heads} heads, key width {self.head_dim}, value width {self.value_dim}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a figure: a mechanism with its hyperparameters in one implementation."""
+
+    mechanism: str
+    target: str | None
+    hyperparameters: str
+    """Canonical JSON."""
+    implementation: str
+
+    @property
+    def order(self) -> tuple[bool, str, str, list[tuple[str, str]], str]:
+        """Sorts series: exact attention first, numbers by size."""
+        values = [(name, _sortable(value)) for name, value in self.parameters.items()]
+        return (self.mechanism != EXACT, self.mechanism, self.target or "", values, self.implementation)
+
+    @property
+    def parameters(self) -> dict[str, Scalar]:
+        """The hyperparameters by name."""
+        loaded: dict[str, Scalar] = json.loads(self.hyperparameters)
+        return loaded
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """The records of one series in one setting at one length; ``inputs`` is None when families are pooled."""
+
+    setting: Setting
+    series: Series
+    length: int
+    inputs: str | None
+    records: tuple[Record, ...]
+
+    @cached_property
+    def measured(self) -> tuple[Record, ...]:
+        """The records that carry numbers. Noisy ones count only where there is no better one."""
+        for status in (Status.OK, Status.NOISY):
+            found = tuple(record for record in self.records if record.status is status)
+            if found:
+                return found
+        return ()
+
+    @cached_property
+    def status(self) -> Status:
+        """That of the measured records, or the most frequent failure."""
+        if self.measured:
+            return self.measured[0].status
+        return Counter(record.status for record in self.records).most_common(1)[0][0]
+
+    @cached_property
+    def reason(self) -> str:
+        """Of the status above; empty when all is well."""
+        return next((record.reason or "" for record in self.records if record.status is self.status), "")
+
+    @cached_property
+    def samples_ms(self) -> list[Samples]:
+        """Milliseconds of one call: one array for each process that measured it."""
+        return [np.array(record.speed.samples_ms) for record in self.measured if record.speed]
+
+    @cached_property
+    def latency_ms(self) -> Estimate | None:
+        """Median milliseconds of one call."""
+        return pooled_median(self.samples_ms) if self.samples_ms else None
+
+    @cached_property
+    def memory_bytes(self) -> Estimate | None:
+        """Median peak bytes of one call beyond its inputs, over all processes: allocations hardly vary."""
+        blocks = [record.memory for record in self.measured if record.memory]
+        samples = [sample for block in blocks for sample in block.samples_bytes or [block.increment_bytes]]
+        return median_interval(samples) if samples else None
+
+    @cached_property
+    def errors(self) -> list[Error]:
+        """One block for each seed (and family, when pooled)."""
+        return [record.error for record in self.measured if record.error]
+
+    @cached_property
+    def relative_error(self) -> Estimate | None:
+        """Median over seeds. The interval is the range over seeds, or over sampled rows when there is one seed."""
+        if not self.errors:
+            return None
+        values = [block.relative_error for block in self.errors]
+        value, (low, high) = float(np.median(values)), (min(values), max(values))
+        sampled = self.errors[0].relative_error_interval
+        if len(values) == 1 and sampled:
+            low, high = min(sampled[0], value), max(sampled[1], value)
+        return Estimate(value, low, high, 0.95, len(values), min(values))
+
+    def error_median(self, field: str) -> float | None:
+        """Median over seeds of a field of the error block, or None where it was not measured."""
+        values = [value for block in self.errors if (value := getattr(block, field)) is not None]
+        return float(np.median(values)) if values else None
+
+    @property
+    def reading(self) -> str | None:
+        """``error``, ``distance``, or None without an error block."""
+        return self.errors[0].reading if self.errors else None
+
+
+@dataclass(frozen=True)
+class Points:
+    """All points of a report, and the records that were set aside on the way."""
+
+    pooled: tuple[Point, ...]
+    """Over all families of inputs: for speed and memory, which do not depend on them."""
+    by_inputs: tuple[Point, ...]
+    superseded: tuple[Record, ...]
+    """Records of a cell that was measured again since by other code: in no table or figure, but counted."""
+    current: tuple[Record, ...]
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """In order."""
+        return sorted({point.setting for point in self.pooled}, key=lambda setting: setting.order)
+
+    @cached_property
+    def series(self) -> list[Series]:
+        """In order, exact attention first."""
+        return sorted({point.series for point in self.pooled}, key=lambda series: series.order)
+
+    @cached_property
+    def by_setting(self) -> dict[Setting, list[Point]]:
+        """Pooled points, by series and then length."""
+        rank = {series: index for index, series in enumerate(self.series)}
+        grouped: dict[Setting, list[Point]] = {setting: [] for setting in self.settings}
+        for point in sorted(self.pooled, key=lambda point: (rank[point.series], point.length)):
+            grouped[point.setting].append(point)
+        return grouped
+
+
+def make_points(records: Sequence[Record], runs: Sequence[Run]) -> Points:
+    """Group records into points. A cell that was measured again by other code keeps only the newest code's records."""
+    machines = {run.run: run.environment.machine for run in runs}
+    newest: dict[tuple[str, str], Record] = {}
+    keyed = [((machines.get(record.run, "unknown machine"), record.cell.key), record) for record in records]
+    for key, record in keyed:
+        if key not in newest or record.time >= newest[key].time:
+            newest[key] = record
+    current = [(machine, record) for (machine, key), record in keyed if record.code == newest[machine, key].code]
+    superseded = tuple(record for key, record in keyed if record.code != newest[key].code)
+    pooled: dict[tuple[Setting, Series, int, str | None], list[Record]] = defaultdict(list)
+    by_inputs: dict[tuple[Setting, Series, int, str | None], list[Record]] = defaultdict(list)
+    for machine, record in current:
+        cell = record.cell
+        setting, series = setting_of(cell, machine), series_of(cell)
+        pooled[setting, series, cell.length, None].append(record)
+        by_inputs[setting, series, cell.length, inputs_of(cell)].append(record)
+    return Points(_points(pooled), _points(by_inputs), superseded, tuple(record for _, record in current))
+
+
+def setting_of(cell: Cell, machine: str) -> Setting:
+    """The setting of a cell on a machine."""
+    device = _call(cell.device, cell.device_parameters)
+    shape = (cell.batch, cell.heads, cell.head_dim, cell.value_dim)
+    return Setting(machine, device, cell.dtype, cell.causal, cell.pass_, *shape)
+
+
+def series_of(cell: Cell) -> Series:
+    """The series of a cell."""
+    text = json.dumps(cell.hyperparameters, sort_keys=True)
+    return Series(cell.mechanism, cell.target, text, cell.implementation)
+
+
+def inputs_of(cell: Cell) -> str:
+    """The family of inputs with its parameters: ``gaussian(scale=2)``."""
+    name = _call(cell.inputs, cell.inputs_parameters)
+    return f"{name} [{cell.inputs_target}]" if cell.inputs_target else name
+
+
+def _points(grouped: dict[tuple[Setting, Series, int, str | None], list[Record]]) -> tuple[Point, ...]:
+    return tuple(Point(*key, tuple(records)) for key, records in grouped.items())
+
+
+def _call(name: str, parameters: dict[str, Scalar]) -> str:
+    inside = ", ".join(f"{key}={value}" for key, value in parameters.items() if value is not None)
+    return f"{name}({inside})" if inside else name
+
+
+def _sortable(value: Scalar) -> str:
+    return f"{value:024.6f}" if isinstance(value, (int, float)) else str(value)

@@ -1,0 +1,231 @@
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from linbench.report import write_report
+from linbench.report.league import make_leagues
+from linbench.report.points import make_points
+from linbench.report.style import PAPER, VARIABLES, mechanism_marks
+from linbench.report.units import latency
+
+
+@pytest.fixture
+def written(tmp_path, run):
+    """Writes a report of the records given and returns its page and its Markdown."""
+
+    def write(records, runs=None, title="A title"):
+        path = write_report(records, [run()] if runs is None else runs, tmp_path / "report", title)
+        assert path == tmp_path / "report" / "index.html"
+        assert not list(path.parent.glob(".report-*"))
+        markdown = (path.parent / "report.md").read_text(encoding="utf-8")
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown):
+            assert (path.parent / picture).stat().st_size > 1000
+        return path.read_text(encoding="utf-8"), markdown
+
+    return write
+
+
+class Balanced(HTMLParser):
+    """Fails on a closing tag without its opening one, and collects ids and references."""
+
+    VOID = frozenset({"meta", "br", "link", "hr", "img", "input"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, _tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.links += [value for name, value in attrs if name in ("href", "src")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_self_contained_and_well_formed(written, sweep):
+    page, _ = written(sweep())
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert all(link.startswith("#") for link in parser.links)
+    assert {link.removeprefix("#") for link in parser.links} <= set(parser.ids)
+    assert "http" not in page
+    assert "<script" not in page
+    assert len(page) < 3e6
+
+
+def test_every_measured_cell_is_in_the_page_and_in_markdown(written, sweep):
+    records = sweep(lengths=(1024, 4096, 16384))
+    page, markdown = written(records)
+    medians = [latency(point.latency_ms) for point in make_points(records, []).by_inputs if point.latency_ms]
+    assert len(medians) > 20
+    for median in medians:
+        assert median in page
+        assert median.replace("[", "\\[").replace("]", "\\]") in markdown
+
+
+def test_every_failure_appears_with_its_reason(written, sweep):
+    records = sweep()
+    page, markdown = written(records)
+    failures = page[page.index('id="failures"') : page.index('id="runs"')]
+    for record in records:
+        if record.status != "ok":
+            assert record.reason in failures
+    counted = [int(count) for count in re.findall(r", (\d+) records? \(", failures)]
+    assert sum(counted) == sum(record.status != "ok" for record in records) > 0
+    assert "linformer has no causal form" in markdown
+
+
+def test_crossover_of_constructed_data_is_stated(written, record):
+    records = [record("softmax", n, ms=n / 1024) for n in (1024, 2048, 4096)]
+    records += [record("linear", n, ms=3) for n in (1024, 2048, 4096)]
+    page, markdown = written(records)
+    assert "Passes exact softmax between 2k and 4k: linear." in page
+    assert "Passes exact softmax between 2k and 4k: linear." in markdown
+    assert "Fastest: softmax at 1k to 2k and linear at 4k." in page
+
+
+def test_what_records_say_is_escaped(written, record):
+    nasty = "<script>alert(1)</script> | `code` $x$ *b*"
+    records = [record("linear", status="crash", reason=nasty), record("<b>bold|$\\alpha$", ms=1)]
+    page, markdown = written(records, title="<i>title</i>")
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<b>bold" not in page
+    assert "<i>title" not in page + markdown
+    assert "<script" not in markdown
+    assert "\\| \\`code\\`" in markdown
+
+
+def test_mechanism_has_one_colour_in_every_figure_and_table(written, sweep):
+    page, _ = written(sweep(masks=(False,), lengths=(1024, 2048, 4096)))
+    figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+    legends = re.findall(r'<ul class="legend">.*?</ul>', page)
+    assert (len(figures), len(legends)) == (5, 4)
+    for mechanism, (colour, _marker) in mechanism_marks(["softmax"]).items():
+        inks = f"var({VARIABLES[colour]})"
+        (entry,) = {re.search(rf'href="#(s\d+)"/></svg>{mechanism}<', legend)[1] for legend in legends}
+        rows = re.findall(rf'<tr><td>.*?<use href="#(s\d+)"/></svg><span>{mechanism}\b', page)
+        assert set(rows) == {entry}
+        symbol = re.search(rf'<symbol id="{entry}".*?</symbol>', page)[0]
+        assert set(re.findall(r"var\(--c\d+\)", symbol)) == {inks, f"var({VARIABLES[PAPER]})"}
+        assert all(inks in figure for figure in figures)
+
+
+@pytest.mark.parametrize(
+    "status", ["oom", "timeout", "unsupported", "compile_error", "incorrect", "crash", "impossible"]
+)
+def test_page_where_everything_failed(written, record, status):
+    page, _ = written([record(name, status=status) for name in ("softmax", "linear")])
+    assert "Nothing was timed here" in page
+    assert "Exact softmax attention gave no time here, so there is no crossover." in page
+    assert page.count(f"it was {status}") >= 2
+    assert "<figure>" not in page
+
+
+def test_page_of_one_cell(written, record):
+    page, _ = written([record("linear", blocks=("speed", "memory", "error"))])
+    assert "Exact softmax attention was not measured here" in page
+    assert page.count("<figure>") == 4
+
+
+def test_page_of_softmax_alone(written, record):
+    page, _ = written([record("softmax", n, relative_error=0.0) for n in (64, 100)])
+    assert "Only exact softmax attention was measured here" in page
+
+
+def test_page_of_no_records(written):
+    page, _ = written([], runs=[])
+    assert "There are no records." in page
+
+
+@pytest.mark.parametrize("block", ["speed", "memory", "error"])
+def test_page_of_one_measure(written, record, block):
+    records = [record(name, n, blocks=(block,)) for name in ("softmax", "linear") for n in (1024, 2048)]
+    page, _ = written(records)
+    slugs = re.findall(r'<h2 id="(\w+)">', page)
+    expected = {"speed": ["latency", "crossover"], "memory": ["memory"], "error": ["error"]}[block]
+    assert [slug for slug in slugs if slug in ("latency", "memory", "error", "pareto", "crossover")] == expected
+
+
+def test_memory_of_zero_bytes_is_drawn_and_named(written, record):
+    page, _ = written([record(name, n, increment_bytes=0) for name in ("softmax", "linear") for n in (1024, 2048)])
+    assert "0 B" in page
+    assert "lies on the lower edge, at 0" in page
+
+
+def test_mixed_devices_dtypes_passes_inputs_and_seeds(written, record, run):
+    records = [
+        record(name, n, run=where, device=device, dtype=dtype, pass_=pass_, inputs=inputs, seed=seed)
+        for name in ("softmax", "linear")
+        for n in (1024, 2048)
+        for where, device, dtype in (("night", "cpu", "float32"), ("day", "cuda", "bfloat16"))
+        for pass_ in ("forward", "forward_backward")
+        for inputs in ("gaussian", "needle")
+        for seed in (0, 1)
+    ]
+    page, _ = written(records, [run("night", "xeon-2"), run("day", "h200")])
+    assert "xeon-2, cpu, float32, non-causal, forward + backward" in page
+    assert "h200, cuda, bfloat16, non-causal, forward: needle" in page
+    assert page.count("<h3>xeon-2, cpu, float32, non-causal, forward, gaussian inputs</h3>") == 1
+
+
+def test_best_of_a_column_is_bold_and_a_distance_wins_no_prize_for_accuracy(record):
+    records = [
+        record("linear", ms=1, relative_error=0.1, reading="distance", increment_bytes=9),
+        record("performer", ms=2, relative_error=0.4, increment_bytes=5),
+        record("linformer", ms=3, relative_error=0.5, increment_bytes=7),
+    ]
+    (league,) = make_leagues(make_points(records, []))
+    rows = {row.variant: row for row in league.tables[0].rows}
+    assert rows["linear"].best == {"latency"}
+    assert rows["performer"].best == {"memory", "error", "skill"}
+    assert rows["linformer"].best == frozenset()
+
+
+def test_few_samples_are_marked_with_a_dagger(record):
+    (league,) = make_leagues(make_points([record(ms=[1.0, 1.1, 1.2])], []))
+    assert league.tables[0].rows[0].latency == "1.10 ms [1.00, 1.20] †"
+
+
+def test_superseded_records_and_unknown_runs_are_counted(written, record):
+    old = record(ms=7, code="old", time="2026-01-01", run="lost")
+    page, _ = written([old, record(ms=1, run="lost")])
+    assert "1 older records are left out" in page
+    assert "Nothing is known of the environment of: lost." in page
+
+
+def test_second_report_leaves_no_figure_of_the_first(written, record, tmp_path):
+    written([record("softmax"), record("linear")])
+    assert (tmp_path / "report" / "figures" / "memory.png").exists()
+    written([record("softmax", blocks=("speed",))])
+    assert not (tmp_path / "report" / "figures" / "memory.png").exists()
+
+
+def test_failing_report_leaves_the_one_before_it(written, record, tmp_path, monkeypatch):
+    before, _ = written([record("softmax")])
+    monkeypatch.setattr("linbench.report.page._html", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        written([record("linear")])
+    assert (tmp_path / "report" / "index.html").read_text(encoding="utf-8") == before
+
+
+@pytest.mark.slow
+def test_five_thousand_records_take_seconds(written, sweep):
+    records = [
+        one.model_copy(update={"cell": one.cell.model_copy(update={"seed": seed, "inputs": inputs})})
+        for one in sweep()
+        for seed in range(13)
+        for inputs in ("gaussian", "needle", "uniform", "low_rank")
+    ]
+    assert len(records) > 4900
+    start = time.perf_counter()
+    written(records)
+    assert time.perf_counter() - start < 20
