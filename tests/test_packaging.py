@@ -1,4 +1,4 @@
-"""What is installed is what is here: wheel, and wheel from the sdist, with the configs and the captured inputs inside."""
+"""What is installed is what is here: the wheel, and the wheel from the sdist, with configs and captured inputs."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from linbench.errors import UsageError
 from linbench.mechanisms.performer import random_directions
 from linbench.registry import build
 
-SIZES = [(1, 1, 1, 1, 1), (1, 2, 5, 3, 7), (2, 3, 64, 8, 5), (2, 1, 65, 4, 6), (1, 2, 333, 16, 9)]  # B, H, N, D, M
+SIZES = [(1, 1, 1, 1, 1), (1, 2, 5, 3, 7), (2, 3, 64, 8, 5), (2, 1, 65, 4, 6), (1, 2, 200, 16, 9)]  # B, H, N, D, M
 
 
 def draw(size, dtype=torch.float64):
@@ -78,7 +78,7 @@ def test_output_equals_an_oracle_in_the_log_domain(size, causal, implementation,
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_fp32_is_within_1e_5(causal):
-    q, k, v = draw((1, 2, 400, 64, 32), torch.float32)
+    q, k, v = draw((1, 2, 150, 64, 32), torch.float32)
     mechanism = performer(q, v, causal, features=256)
     assert relative_error(mechanism(q, k, v), oracle(q, k, v, causal, mechanism.projection)) < 5e-6
 
@@ -86,7 +86,7 @@ def test_fp32_is_within_1e_5(causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_errs_no_more_than_exact_attention_in_it(causal, dtype):
-    q, k, v = draw((1, 2, 400, 64, 32), dtype)
+    q, k, v = draw((1, 2, 150, 64, 32), dtype)
     yardstick = relative_error(softmax(q, k, v, causal), softmax(q.double(), k.double(), v.double(), causal))
     mechanism = performer(q, v, causal, features=256)
     out = mechanism(q, k, v)
