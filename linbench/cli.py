@@ -97,7 +97,8 @@ def run(config: DictConfig, command: str) -> int:
     files = [plan.folder / f"{name}.jsonl" for name in sorted({record.run for record in records})]
     spent = duration(sum(record.elapsed_s for record in records))
     print(f"{_tally(records)}; {spent} of measuring. Records: {files[-1]}")
-    print(f"Report: {_write_report(files, files[-1].with_suffix('.report'), files[-1].stem, records)}")
+    title = f"linbench {asked.sweep} on {plan.environment.machine}"
+    print(f"Report: {_write_report(files, files[-1].with_suffix('.report'), title, records)}")
     return 0
 
 

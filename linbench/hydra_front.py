@@ -137,7 +137,7 @@ def _sentence(error: Exception, flags: Sequence[str]) -> str:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{name}'; choose from {', '.join(options(group, named)) or 'nothing: there is none'}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read the override '{error.override}': {_first_line(error)}"
+        return f"cannot read the override '{error.override}'; write key=value, and a list as key=[a,b]"
     first = _first_line(error)
     if first.startswith("Could not override '"):
         return _not_there(first.split("'")[1])

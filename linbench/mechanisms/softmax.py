@@ -1,0 +1,107 @@
+"""Exact softmax attention: the baseline, and the target of every approximator."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from linbench.cell import Cell
+from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
+
+
+class Softmax(Mechanism):
+    """``o = softmax(q·kᵀ / √D)·v``.
+
+    Causal, the last query is aligned with the last key: query i sees the keys up to ``i + N_k − N``. A query that sees
+    no key (N_k < N) gives zeros.
+
+    Implementations: ``torch`` is torch's fused attention with the fastest backend that it picks; ``math`` is the same
+    call with the backend that stores the N×N probabilities.
+    """
+
+    description = Description(
+        summary="softmax(q·kᵀ/√D)·v",
+        kind="exact",
+        causal_forms=(False, True),
+        paper="Attention Is All You Need",
+        arxiv="1706.03762",
+        year=2017,
+    )
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
+        """The formula; see :meth:`Mechanism.reference`."""
+        rows = torch.arange(q.shape[-2], device=q.device) if rows is None else rows
+        visible = self._visible(rows, q.shape[-2], k.shape[-2]) if self.causal else None
+        return attend(q[..., rows, :], k, v, visible)
+
+    def forward_torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``scaled_dot_product_attention`` with the fastest backend available."""
+        length, key_length = q.shape[-2], k.shape[-2]
+        if not self.causal or length == key_length:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        # torch's is_causal aligns the first query with the first key, which is another operator here
+        blind = max(0, length - key_length)
+        seeing = torch.arange(blind, length, device=q.device)
+        visible = self._visible(seeing, length, key_length)
+        output = F.scaled_dot_product_attention(q[..., blind:, :], k, v, attn_mask=visible)
+        return F.pad(output, (0, 0, blind, 0))
+
+    def forward_math(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same with the backend that stores the probabilities."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.forward_torch(q, k, v)
+
+    @staticmethod
+    def _visible(rows: Tensor, length: int, key_length: int) -> Tensor:
+        """Bool ``[R, N_k]``: keys up to the query's own position, the last query on the last key."""
+        return torch.arange(key_length, device=rows.device) <= rows[:, None] + (key_length - length)
+
+    def flops(self, cell: Cell) -> int:
+        """2·(D+M) per visible pair and head, N² pairs or N(N+1)/2 causal; see :func:`attention_flops`."""
+        return attention_flops(cell, cell.length * (cell.length + 1) // 2 if cell.causal else cell.length**2)
+
+    def min_bytes(self, cell: Cell) -> int:
+        """q, k, v and o once, as a fused kernel needs."""
+        return streaming_bytes(cell)
+
+    def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
+        """The cache of keys and values, ``H·N(D + M)`` elements."""
+        if not self.causal:
+            return None
+        return cache_bytes(self.geometry, length, dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Softmax attention by its formula.
+
+    Args:
+        visible: bool ``[R, N_k]``, which key each query may see; all when None. A row that sees none gives zeros.
+    """
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if visible is None:
+        return torch.softmax(logits, dim=-1) @ v
+    # a blind row sees every key for the moment, and is cleared afterwards: −∞ in a whole row would make it NaN
+    blind = ~visible.any(dim=-1, keepdim=True)
+    probabilities = torch.softmax(logits.masked_fill(~(visible | blind), -torch.inf), dim=-1)
+    return probabilities.masked_fill(blind, 0) @ v
+
+
+def attention_flops(cell: Cell, pairs: int) -> int:
+    """FLOPs of exact attention over ``pairs`` (query, key) pairs per head.
+
+    Forward 2·(D+M) a pair (logits, output). Backward 2·(3D+2M): the logits again, dP, dV, dQ, dK.
+    """
+    key, value = cell.head_dim, cell.value_dim
+    forward, backward = 2 * (key + value), 2 * (3 * key + 2 * value)
+    per_pair = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[cell.pass_]
+    return cell.batch * cell.heads * pairs * per_pair
+
+
+def cache_bytes(geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of ``tokens`` tokens, for all heads of one batch element."""
+    return geometry.heads * tokens * (geometry.key_dim + geometry.value_dim) * dtype.itemsize
