@@ -25,21 +25,17 @@ class Faulty(Mechanism):
 
     def forward_torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         output = self.reference(q, k, v)
-        if self.fault == "scale":
-            return output * 1.01
-        if self.fault == "tail":
-            return torch.cat([output[:, :, :-1], torch.zeros_like(output[:, :, -1:])], dim=2)
-        if self.fault == "nan":
-            return output * torch.tensor(float("nan"))
-        if self.fault == "shape":
-            return output[..., :-1]
-        if self.fault == "dtype":
-            return output.double()
-        if self.fault == "gradient":
-            return output.detach() + 0 * (q.sum() + k.sum() + v.sum())
-        if self.fault == "one gradient":
-            return self.reference(q, k.detach(), v)
-        return output
+        faults = {
+            "none": lambda: output,
+            "scale": lambda: output * 1.01,
+            "tail": lambda: torch.cat([output[:, :, :-1], torch.zeros_like(output[:, :, -1:])], dim=2),
+            "nan": lambda: output * torch.tensor(float("nan")),
+            "shape": lambda: output[..., :-1],
+            "dtype": output.double,
+            "gradient": lambda: output.detach() + 0 * (q.sum() + k.sum() + v.sum()),
+            "one gradient": lambda: self.reference(q, k.detach(), v),
+        }
+        return faults[self.fault]()
 
     def flops(self, cell: Cell) -> int:
         return 0
