@@ -19,6 +19,7 @@ from linbench.stats import median_interval
 StopReason = Literal["converged", "time_budget", "sample_limit"]
 WARMUP_CALLS = 3
 WARMUP_S = 0.1
+TICK_S = 0.01
 SHORTEST_SAMPLE_MS = 1.0
 """Shorter calls are timed several at once: the clock and its own call cost tens of nanoseconds."""
 
@@ -114,13 +115,16 @@ class ForeignLoad:
         self._start = self._read()
 
     def cores(self) -> float | None:
-        """Cores kept busy by others since construction; None where ``/proc/stat`` does not exist."""
+        """Cores kept busy by others since construction; None where ``/proc/stat`` does not exist.
+
+        The kernel counts in ticks of 10 ms, and two counters are subtracted: two ticks say nothing and are left out.
+        """
         end = self._read()
         if self._start is None or end is None:
             return None
         wall = end.wall_s - self._start.wall_s
         foreign = (end.busy_s - self._start.busy_s) - (end.own_s - self._start.own_s)
-        return max(0.0, foreign / wall) if wall > 0 else None
+        return max(0.0, foreign - 2 * TICK_S) / wall if wall > 0 else None
 
     @staticmethod
     def _read() -> _Ticks | None:

@@ -108,7 +108,7 @@ class Weighing:
 
     def __init__(self, operator: Operator) -> None:
         self.operator = operator
-        self.made: dict[tuple[int, int, int], Weights] = {}
+        self.made: dict[tuple[int, int, int, int], Weights] = {}
 
     def __call__(
         self, slab: Slab, log_scale: Tensor | None, before: Tensor | None, like: Tensor
@@ -118,7 +118,8 @@ class Weighing:
             # before the first key any reference will do: the state is zero
             return stable_weights(slab, log_scale, log_scale[:: slab.chunks, 0] if before is None else before)
         decay = self.operator.log_decay
-        key = (0 if decay is None else slab.heads.start, slab.chunks, slab.length)
+        heads = slab.heads
+        key = (0 if decay is None else heads.start, heads.stop - heads.start, slab.chunks, slab.length)
         if key not in self.made:
             self.made[key] = (
                 plain_weights(slab, like) if decay is None else decay_weights(slab, decay, self.operator.scale, like)

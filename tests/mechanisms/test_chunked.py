@@ -75,9 +75,9 @@ def test_stable_weights_never_exceed_one_and_survive_any_scale():
 
 
 @pytest.mark.parametrize("budget", [1, 2**15, 2**18])
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("groups", [None, [slice(0, 3)], [slice(0, 2), slice(2, 3)]])
 @pytest.mark.parametrize("map_name", ["elu", "random", "decay"])
-def test_result_does_not_depend_on_how_tokens_are_cut(monkeypatch, budget, together, map_name):
+def test_result_does_not_depend_on_how_heads_and_tokens_are_cut(monkeypatch, budget, groups, map_name):
     q, k, v = draw(3, 210, 6), draw(3, 210, 6), draw(3, 210, 4)
     projection, rates = draw(7, 6), -torch.rand(3, dtype=torch.float64)
     operator = {
@@ -94,8 +94,8 @@ def test_result_does_not_depend_on_how_tokens_are_cut(monkeypatch, budget, toget
 
     expected = run()
     monkeypatch.setattr(slabs_module, "CORE_ELEMENTS", budget)
-    if together:  # with several slabs each, as on a GPU
-        monkeypatch.setattr("linbench.mechanisms.chunked.head_groups", lambda heads, *_: [slice(0, heads)])
+    if groups:  # all heads with several slabs each, as on a GPU, and groups of unequal size
+        monkeypatch.setattr("linbench.mechanisms.chunked.head_groups", lambda *_: groups)
     for found, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
 
