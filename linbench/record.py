@@ -63,7 +63,8 @@ class Check(Block):
     worst_row_error: float | None = None
     """Largest norm of one row's difference, over the root mean square norm of a reference row."""
     gradient_errors: dict[str, float] = Field(default_factory=dict)
-    """Relative Frobenius error of the gradients by name (``dq``, ``dk``, ``dv``, and extras)."""
+    """Frobenius error of each gradient by name (``dq``, ``dk``, ``dv``, and extras), relative to that gradient's norm,
+    or to a tenth of the norm of all gradients together where that is larger."""
     tolerance: float
     """The bound on ``relative_error`` and on each gradient's; ``worst_row_error`` may be ten times as large."""
     finding: str | None = None
