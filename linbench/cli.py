@@ -10,13 +10,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from linbench import __version__
 from linbench.errors import UsageError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from linbench.record import Record, Run
+    from linbench.sweep import Plan
 
 VERBS = {
     "run": "measure a sweep: linbench run +sweep=smoke",
@@ -79,6 +82,7 @@ def run(config: DictConfig, command: str) -> int:
     from linbench.hydra_front import checked
     from linbench.progress import SweepProgress, duration
     from linbench.runner import Runner
+    from linbench.store import read_all
     from linbench.sweep import execute, prepare
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is a Ctrl-C
@@ -98,7 +102,8 @@ def run(config: DictConfig, command: str) -> int:
     spent = duration(sum(record.elapsed_s for record in records))
     print(f"{_tally(records)}; {spent} of measuring. Records: {files[-1]}")
     title = f"linbench {asked.sweep} on {plan.environment.machine}"
-    print(f"Report: {_write_report(files, files[-1].with_suffix('.report'), title, records)}")
+    runs, _ = read_all(files)
+    print(f"Report: {_write_report(runs, records, files[-1].with_suffix('.report'), title)}")
     return 0
 
 
@@ -118,17 +123,16 @@ def report(argv: list[str]) -> int:
     """Records → report."""
     from linbench.store import read_all, results_files
 
-    parser = argparse.ArgumentParser(prog="linbench report", description=VERBS["report"])
+    parser = _Parser(prog="linbench report", description=VERBS["report"])
     parser.add_argument("paths", nargs="*", default=["results"], help="results files or folders (default: results)")
-    parser.add_argument("--output", help="folder to write (default: report, beside the results)")
+    parser.add_argument("--output", help="folder to write (default: all.report, beside the results)")
     parser.add_argument("--title", help="heading of the page")
     options = parser.parse_args(argv)
     paths = [Path(path) for path in options.paths]
-    files = results_files(paths)
     beside = paths[0] if paths[0].is_dir() else paths[0].parent
     folder = Path(options.output) if options.output else beside / "all.report"
-    _, records = read_all(files)
-    page = _write_report(files, folder, options.title or f"linbench: {', '.join(options.paths)}", records)
+    runs, records = read_all(results_files(paths))
+    page = _write_report(runs, records, folder, options.title or f"linbench: {', '.join(options.paths)}")
     print(f"{_tally(records)}. Report: {page}")
     return 0
 
@@ -137,7 +141,7 @@ def list_choices(argv: list[str]) -> int:
     """What there is to choose from."""
     from linbench.listing import GROUPS, show
 
-    parser = argparse.ArgumentParser(prog="linbench list", description=VERBS["list"])
+    parser = _Parser(prog="linbench list", description=VERBS["list"])
     parser.add_argument("group", nargs="?", choices=GROUPS, help="one group only (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
@@ -149,11 +153,11 @@ def doctor(argv: list[str]) -> int:
     """Is this machine fit to measure?"""
     from linbench.doctor import examine
 
-    argparse.ArgumentParser(prog="linbench doctor", description=VERBS["doctor"]).parse_args(argv)
+    _Parser(prog="linbench doctor", description=VERBS["doctor"]).parse_args(argv)
     return examine()
 
 
-def _announce(plan: Any) -> None:
+def _announce(plan: Plan) -> None:
     for problem in plan.problems:
         print(f"linbench: warning: {problem}", file=sys.stderr)
     pending, finished = len(plan.pending), len(plan.finished)
@@ -165,7 +169,7 @@ def _announce(plan: Any) -> None:
     print(f"{pending} cells{known}. {where}. Results: {plan.folder}")
 
 
-def _tally(records: Sequence[Any]) -> str:
+def _tally(records: Sequence[Record]) -> str:
     counts: dict[str, int] = {}
     for record in records:
         counts[str(record.status)] = counts.get(str(record.status), 0) + 1
@@ -173,11 +177,9 @@ def _tally(records: Sequence[Any]) -> str:
     return f"{len(records)} cells: {parts}"
 
 
-def _write_report(files: Sequence[Path], folder: Path, title: str, records: Sequence[Any]) -> Path:
-    from linbench.report.page import write_report
-    from linbench.store import read
+def _write_report(runs: Sequence[Run], records: Sequence[Record], folder: Path, title: str) -> Path:
+    from linbench.report import write_report
 
-    runs = [run for run, _ in (read(path) for path in files)]
     try:
         return write_report(records, runs, folder, title)
     except OSError as error:
@@ -201,6 +203,14 @@ def _complete(argv: list[str]) -> int:
             return 0
         os.environ["COMP_LINE"] = typed[1] + typed[3]
     return hydra_completion(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        raise UsageError(f"{self.prog.removeprefix('linbench ')}: {message}")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

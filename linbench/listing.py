@@ -17,7 +17,7 @@ FOLDERS = {"mechanisms": "mechanism", "inputs": "inputs", "measures": "measure",
 
 def show(groups: list[str], as_json: bool) -> None:
     """Print the choices of ``groups``."""
-    contents = {group: mechanisms() if group == "mechanisms" else _files(FOLDERS[group]) for group in groups}
+    contents = {group: registry.descriptions() if group == "mechanisms" else _files(FOLDERS[group]) for group in groups}
     if as_json:
         print(json.dumps(contents, indent=2))
         return
@@ -28,29 +28,6 @@ def show(groups: list[str], as_json: bool) -> None:
             for line in _lines(name, entry):
                 console.print(f"  {line}", markup=False, soft_wrap=True)
         console.print()
-
-
-def mechanisms() -> dict[str, dict[str, Any]]:
-    """Name -> kind, implementations, causal forms, hyperparameters with their defaults and ranges, paper, year."""
-    found = {}
-    for name in options("mechanism"):
-        cls = registry.load(name)
-        about = cls.description
-        schema = cls.hyperparameters().model_json_schema().get("properties", {})
-        found[name] = {
-            "kind": about.kind,
-            "forms": ["causal" if causal else "full" for causal in about.causal_forms],
-            "implementations": list(cls.implementations()),
-            "hyperparameters": {key: _range(field) for key, field in schema.items()},
-            "summary": about.summary,
-            "paper": f"{about.paper}, arXiv {about.arxiv}, {about.year}",
-        }
-    return found
-
-
-def _range(field: dict[str, Any]) -> dict[str, Any]:
-    keys = ("default", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-    return {key: field[key] for key in keys if key in field}
 
 
 def _files(folder: str) -> dict[str, dict[str, Any]]:
@@ -70,7 +47,7 @@ def _lines(name: str, entry: dict[str, Any]) -> list[str]:
     lines = [
         f"{name:12}{entry['kind']}, {' and '.join(entry['forms'])}; {', '.join(entry['implementations'])}",
         f"{'':12}{entry['summary']}",
-        f"{'':12}{entry['paper']}",
+        f"{'':12}{entry['paper']}, arXiv {entry['arxiv']}, {entry['year']}",
     ]
     settings = [f"{key}={field.get('default')}" for key, field in entry["hyperparameters"].items()]
     return [*lines, f"{'':12}{', '.join(settings)}"] if settings else lines

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -62,6 +62,27 @@ def load(name: str, target: str | None = None) -> type[Mechanism]:
     if not (isinstance(found, type) and issubclass(found, Mechanism)):
         raise UsageError(f"mechanism '{name}': '{path}' is not a subclass of linbench.mechanisms.base.Mechanism")
     return found
+
+
+def descriptions() -> dict[str, dict[str, Any]]:
+    """Every known mechanism by name: kind, forms, implementations, hyperparameters with defaults and ranges, paper."""
+    return {name: _description(load(name)) for name in sorted(targets())}
+
+
+def _description(cls: type[Mechanism]) -> dict[str, Any]:
+    about = cls.description
+    schema = cls.hyperparameters().model_json_schema().get("properties", {})
+    stated = ("default", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+    return {
+        "kind": about.kind,
+        "forms": ["causal" if causal else "full" for causal in about.causal_forms],
+        "implementations": list(cls.implementations()),
+        "hyperparameters": {key: {k: field[k] for k in stated if k in field} for key, field in schema.items()},
+        "summary": about.summary,
+        "paper": about.paper,
+        "arxiv": about.arxiv,
+        "year": about.year,
+    }
 
 
 def build(

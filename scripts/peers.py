@@ -156,10 +156,22 @@ def linear(length: int, form: str) -> Pair:
 
 
 def retention(length: int) -> Pair:
-    """The quadratic form of fla, the only one of its that runs on a CPU."""
+    """The quadratic form of fla, the only one of its retention that runs on a CPU."""
     from fla.ops.retention.naive import naive_retention
 
     return Pair(heads_first(length), build("retnet", causal=True), naive_retention)
+
+
+def chunked_retention(length: int) -> Pair:
+    """Chunks of simple gated linear attention in fla; with a gate that never changes it is retention."""
+    from fla.ops.simple_gla.naive import naive_chunk_simple_gla
+
+    decay = torch.log1p(-torch.exp2(-5.0 - torch.arange(HEADS))).expand(BATCH, length, HEADS)
+
+    def peer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return naive_chunk_simple_gla(*(x.transpose(1, 2) for x in (q, k, v)), decay)[0].transpose(1, 2)
+
+    return Pair(heads_first(length), build("retnet", causal=True), peer)
 
 
 TOKEN_BYTES = 4 * BATCH * HEADS
@@ -203,6 +215,7 @@ COMPARISONS = (
         1e-4,
         lambda n, backward: (6 if backward else 4) * TOKEN_BYTES * n * n,
     ),
+    Comparison("retnet", "fla-core", "naive_chunk_simple_gla, constant gate", chunked_retention, 1e-4),
 )
 
 

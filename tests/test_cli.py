@@ -267,6 +267,8 @@ def test_the_completion_script_can_be_installed(tmp_path: Path) -> None:
         (("run", "--config-dir"), ["--config-dir needs a value"]),
         (("frobnicate",), ["unknown verb 'frobnicate'", "run, plan, report"]),
         (("report", "nowhere"), ["nowhere does not exist"]),
+        (("list", "foo"), ["foo", "mechanisms", "sweeps"]),
+        (("doctor", "--fast"), ["--fast"]),
         (("report", str(Path(__file__))), ["is not a linbench results file"]),
         (("run", "mechanism.performer.features=-3"), ["mechanism.performer.features=-3"]),
         (("run", "inputs.gaussian.sharpness=-1"), ["inputs.gaussian.sharpness=-1"]),

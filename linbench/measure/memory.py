@@ -74,7 +74,8 @@ def _reset_high_water_mark() -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        raise UnmeasurableMemoryError(f"the high-water mark of a process cannot be reset here: {error}") from error
+        told = f"the high-water mark of a process cannot be reset here ({error}); leave memory out of measure=[...]"
+        raise UnmeasurableMemoryError(told) from error
     return _status_bytes("VmRSS")
 
 

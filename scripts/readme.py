@@ -1,0 +1,98 @@
+"""The results section of README.md, made from the committed ``long_seq`` run. ``--check`` fails when it is stale.
+
+The section stands between two comments; its pictures go to results/images/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from linbench.record import Record, Run
+from linbench.report import write_report
+from linbench.report.answers import make_answers
+from linbench.report.crossover import crossovers
+from linbench.report.figures import make_look
+from linbench.report.league import League, make_leagues
+from linbench.report.points import Series, make_points
+from linbench.store import read
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+TABLED = "local(sharpness=2.0, width=64) inputs"
+"""The family whose tables are shown; the others are in the pictures."""
+SHOWN = "8k"
+"""The longest length at which exact softmax was measured in every form."""
+
+
+def main() -> int:
+    """Write the section and its pictures, or compare the section; 1 if it is stale."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if the section is not up to date")
+    options = parser.parse_args()
+    path = sorted(ROOT.glob("results/*/*-long_seq-*.jsonl"))[-1]
+    run, records = read(path)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, _, rest = text.partition(BEGIN)
+    section = f"{BEGIN}\n{block(run, records, path)}\n{END}"
+    wanted = before + section + rest.partition(END)[2]
+    if options.check:
+        if text != wanted:
+            print("README.md: the results section is stale; run scripts/readme.py", file=sys.stderr)
+        return int(text != wanted)
+    readme.write_text(wanted)
+    with tempfile.TemporaryDirectory() as folder:
+        write_report(records, [run], Path(folder), path.stem)
+        images = ROOT / "results" / "images"
+        images.mkdir(exist_ok=True)
+        for figure in ("latency", "error"):
+            shutil.copy(Path(folder) / "figures" / f"{figure}.png", images / f"long_seq_{figure}.png")
+    return 0
+
+
+def block(run: Run, records: list[Record], path: Path) -> str:
+    """Pictures, sentences and one table for each form, from records alone."""
+    points = make_points(records, [run])
+    crossings = {setting: crossovers(group) for setting, group in points.by_setting.items()}
+    environment = run.environment
+    lines = [
+        f"From `{run.command}` on {environment.cpu} ({environment.threads} of {environment.cores_logical} CPUs, "
+        f"torch {environment.torch}, fp32, B = 1, H = 8, D = 64), "
+        f"[`{path.relative_to(ROOT)}`]({path.relative_to(ROOT)}):",
+        "",
+        "![Latency over length](results/images/long_seq_latency.png)",
+        "",
+        "![Error over length](results/images/long_seq_error.png)",
+    ]
+    names = make_look(points).names
+    for answer in make_answers(points, crossings, names):
+        lines += ["", f"**{answer.heading}**", "", *(f"- {sentence}" for sentence in answer.sentences)]
+    for league in make_leagues(points):
+        if league.heading.endswith(TABLED):
+            lines += ["", *table(league, names)]
+    return "\n".join(lines)
+
+
+def table(league: League, names: dict[Series, str]) -> list[str]:
+    """The league table at the length that is shown."""
+    rows = next(table.rows for table in league.tables if table.length == SHOWN)
+    lines = [
+        (names[row.series], row.latency, row.ratio, row.memory, row.skill, row.error, row.reading)
+        for row in rows
+        if row.status in ("ok", "noisy")
+    ]
+    return [
+        f"{league.heading}, {SHOWN} tokens:",
+        "",
+        "| mechanism | latency [95 %] | × exact | memory | skill | relative error | reading |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        *(f"| {' | '.join(line)} |" for line in lines),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
