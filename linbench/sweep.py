@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -156,7 +157,8 @@ def memory_limit(cell: Cell, plan: Plan) -> int:
 def execute(plan: Plan, runner: Runner, command: str, progress: Progress) -> None:
     """Run what is pending, one record after the other onto the disk and into ``plan.finished``."""
     now = datetime.now(UTC)
-    name = f"{now:%Y%m%dT%H%M%SZ}-{plan.config.sweep}-{secrets.token_hex(2)}"
+    sweep = re.sub(r"\W+", "-", plan.config.sweep)  # it becomes a file's name, and may itself be a path
+    name = f"{now:%Y%m%dT%H%M%SZ}-{sweep}-{secrets.token_hex(2)}"
     run = Run(
         run=name,
         time=now.isoformat(timespec="seconds"),
