@@ -51,6 +51,16 @@ def test_retnet_agrees_with_fla():
     assert (ours("retnet", q, v, True)(q, k, v) - expected).norm() < 1e-6 * expected.norm()
 
 
+def test_naive_retention_of_fla_overflows_where_ours_does_not():
+    """It raises γ to the negative powers above the diagonal too, and masks by a product: ∞ · 0 from 2,800 tokens on."""
+    naive = pytest.importorskip("fla.ops.retention.naive", exc_type=ImportError)
+    q, k, v = draw(torch.float32, heads=1, tokens=2900, key_dim=4, value_dim=3)
+    assert naive.naive_retention(q, k, v).isnan().any()
+    retention = ours("retnet", q, v, True)
+    exact = retention.reference(q.double(), k.double(), v.double())
+    assert (retention(q, k, v) - exact).norm() < 1e-6 * exact.norm()
+
+
 def without_epsilon(attention, q, k, v):
     """performer-pytorch's non-causal operator, with its own feature function at ε = 0."""
     from performer_pytorch.performer_pytorch import linear_attention, softmax_kernel
