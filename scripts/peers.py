@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10, help="ABBA rounds a row, fewer where the budget ends first")
     parser.add_argument("--budget", type=float, default=6, help="seconds of timing a row; two rounds at least")
-    parser.add_argument("--output", type=Path, default=Path("results/peers"))
+    parser.add_argument("--output", type=Path, default=Path("peers"), help="folder for peers.json and peers.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")  # deprecations inside the peers
