@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from linbench.cell import Cell, Scalar, digest
+from linbench.cell import Cell, Scalar
 from linbench.config import Choice, Config
 from linbench.record import Cost, Status
 
@@ -114,16 +114,20 @@ def _variants(choices: Iterable[Choice]) -> list[_Variant]:
 def foresee(
     cells: Sequence[Cell],
     prospects: Sequence[Prospect],
-    rates: Rates,
+    rates: Mapping[str, Rates],
     *,
     measures: dict[str, dict[str, Scalar]],
     time_limit_s: float,
     memory_limit_bytes: int | None,
 ) -> list[Step]:
-    """Join cells with what is known of them; decide what will not be started, and why."""
+    """Join cells with what is known of them; decide what will not be started, and why.
+
+    Args:
+        rates: of each device, by its name.
+    """
     steps = []
     for cell, prospect in zip(cells, prospects, strict=True):
-        seconds = estimate_seconds(cell, prospect, rates, measures)
+        seconds = estimate_seconds(cell, prospect, rates.get(cell.device, Rates()), measures)
         steps.append(Step(cell, prospect, seconds, _skip(cell, prospect, seconds, time_limit_s, memory_limit_bytes)))
     return steps
 
@@ -185,8 +189,3 @@ def backstop(failed: Cell, status: Status, reason: str, remaining: Iterable[Step
         if step.cell.length > failed.length and step.cell.series() == series and step.skip is None:
             told = f"not started: at {failed.length:,} tokens it ended in {status}: {reason}"
             yield step.cell.key, Skip(status, told)
-
-
-def plan_key(cells: Sequence[Cell]) -> str:
-    """A name for a set of cells, whatever their order."""
-    return digest(sorted(cell.key for cell in cells))

@@ -15,7 +15,7 @@ from linbench.cell import Cell
 from linbench.config import Config
 from linbench.environment import available_memory_bytes, default_threads
 from linbench.errors import UsageError
-from linbench.plan import Prospect, Rates, Skip, Step, backstop, expand, foresee
+from linbench.plan import Prospect, Skip, Step, backstop, expand, foresee
 from linbench.protocol import ForeseeRequest, Measure, MeasureRequest, Outcome, SurveyRequest
 from linbench.record import Environment, Record, Run, Status
 from linbench.runner import Runner
@@ -89,11 +89,10 @@ def prepare(config: Config, runner: Runner) -> Plan:
             raise UsageError(prospect.usage_error)
     limit = int(available_memory_bytes() * MEMORY_SHARE)
     settings = {name: measure.parameters for name, measure in measures.items()}
-    rates = survey.rates.get("cpu") or next(iter(survey.rates.values()), Rates())
     steps = foresee(
         cells,
         prospects,
-        rates,
+        survey.rates,
         measures=settings,
         time_limit_s=config.time_limit_s,
         memory_limit_bytes=limit,

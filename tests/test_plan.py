@@ -96,7 +96,7 @@ def test_a_cell_over_the_time_limit_is_not_started_and_says_why() -> None:
     slow = Prospect(cost=Cost(flops=10**14, min_bytes=1, state_bytes=None), code="x")
     quick = Prospect(cost=Cost(flops=10, min_bytes=1, state_bytes=None), code="x")
     steps = foresee(
-        [cell(), cell()], [slow, quick], Rates(), measures={"speed": {}}, time_limit_s=60, memory_limit_bytes=None
+        [cell(), cell()], [slow, quick], {}, measures={"speed": {}}, time_limit_s=60, memory_limit_bytes=None
     )
     assert steps[0].skip is not None
     assert steps[0].skip.status is Status.TIMEOUT
@@ -104,17 +104,32 @@ def test_a_cell_over_the_time_limit_is_not_started_and_says_why() -> None:
     assert steps[1].skip is None
 
 
+def test_every_device_is_judged_by_its_own_rates() -> None:
+    prospect = Prospect(cost=Cost(flops=10**14, min_bytes=1, state_bytes=None), code="x")
+    rates = {"cpu": Rates(flops_per_s=1e10), "cuda": Rates(flops_per_s=1e14)}
+    slow, quick = foresee(
+        [cell(), cell(device="cuda")],
+        [prospect, prospect],
+        rates,
+        measures={"speed": {}},
+        time_limit_s=60,
+        memory_limit_bytes=None,
+    )
+    assert slow.skip is not None
+    assert quick.skip is None
+
+
 def test_inputs_that_cannot_fit_are_not_started() -> None:
     assert inputs_bytes(cell()) == 4 * 3 * 64 * (8 + 8 + 5)
     prospect = Prospect(cost=Cost(flops=10, min_bytes=1, state_bytes=None), code="x")
-    (step,) = foresee([cell()], [prospect], Rates(), measures={}, time_limit_s=60, memory_limit_bytes=1000)
+    (step,) = foresee([cell()], [prospect], {}, measures={}, time_limit_s=60, memory_limit_bytes=1000)
     assert step.skip is not None
     assert step.skip.status is Status.OOM
 
 
 def test_an_unsupported_cell_keeps_its_reason() -> None:
     prospect = Prospect(unsupported="linear has no sideways form", code="x")
-    (step,) = foresee([cell()], [prospect], Rates(), measures={}, time_limit_s=60, memory_limit_bytes=None)
+    (step,) = foresee([cell()], [prospect], {}, measures={}, time_limit_s=60, memory_limit_bytes=None)
     assert step.skip == Skip(Status.UNSUPPORTED, "linear has no sideways form")
     assert step.estimated_s == 0
 
