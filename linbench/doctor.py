@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from linbench.cell import Cell
-from linbench.environment import available_memory_bytes, default_threads
+from linbench.environment import FOREIGN_CPU_BOUND, available_memory_bytes, default_threads
 from linbench.protocol import Measure, MeasureRequest, SurveyRequest
 from linbench.record import Environment
 from linbench.runner import Runner
 from linbench.stats import median_interval
 
-FOREIGN_CPU_BOUND = 0.1
 SPREAD_BOUND = 0.05
 ROUNDS = 8
 """Processes that time the same thing: their medians should agree."""

@@ -17,6 +17,8 @@ from linbench.cell import Cell
 from linbench.record import Environment
 
 VECTOR_FLAGS = ("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
+FOREIGN_CPU_BOUND = 0.1
+"""Cores that others may keep busy: above it, times on a CPU were seen to scatter by half instead of by a hundredth."""
 
 
 def describe(devices: list[str], threads: int) -> Environment:

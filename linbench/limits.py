@@ -18,6 +18,12 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def status_bytes(name: str) -> int | None:
+    """A figure of this process from ``/proc/self/status``, such as ``VmRSS``; None where the kernel does not tell."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
 def limit_memory(limit_bytes: int) -> None:
     """Let allocations beyond ``limit_bytes`` more than now fail in this process, as an error that can be caught.
 
@@ -29,8 +35,7 @@ def limit_memory(limit_bytes: int) -> None:
         return
     import resource
 
-    found = re.search(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    data_bytes = int(found[1]) * 1024 if found else 0
+    data_bytes = status_bytes("VmData") or 0
     resource.setrlimit(resource.RLIMIT_DATA, (data_bytes + limit_bytes, data_bytes + limit_bytes))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -34,11 +33,9 @@ class SweepProgress:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("", total=self._total, left="")
-        self._began = time.perf_counter()
 
     def starts(self, step: Step) -> None:
         """Show the cell that is about to run."""
-        self._began = time.perf_counter()
         self._bar.update(self._task, description=step.cell.label, left=self._time_left())
 
     def ended(self, step: Step, record: Record) -> None:

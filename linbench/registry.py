@@ -9,10 +9,9 @@ import importlib
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from linbench.cell import Scalar
 from linbench.errors import UsageError
+from linbench.parameters import checked
 
 if TYPE_CHECKING:
     from linbench.mechanisms.base import Mechanism
@@ -108,13 +107,5 @@ def build(
     if implementation not in cls.implementations():
         choices = ", ".join(cls.implementations())
         raise UsageError(f"{name} has no implementation '{implementation}'; choose from {choices}")
-    try:
-        checked = cls.hyperparameters()(**hyperparameters)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        choices = ", ".join(cls.hyperparameters().model_fields) or "none"
-        raise UsageError(
-            f"mechanism.{name}.{field}={first['input']}: {first['msg'].lower()}; hyperparameters of {name}: {choices}"
-        ) from error
-    return cls(Geometry(heads, key_dim, value_dim, causal, implementation, seed), **dict(checked))
+    values = checked(cls.hyperparameters(), hyperparameters, f"mechanism.{name}", "hyperparameters")
+    return cls(Geometry(heads, key_dim, value_dim, causal, implementation, seed), **values)

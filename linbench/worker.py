@@ -41,9 +41,6 @@ from linbench.protocol import (
 from linbench.provenance import source_hash
 from linbench.record import MEASURED, Cost, Speed, Status
 
-FOREIGN_CPU_BOUND = 0.1
-"""Cores. Above it, times on this kind of machine were seen to scatter by half instead of by a hundredth."""
-
 
 def main(connection: Connection, task: str, request: str, log: str) -> None:
     """Entry point of the process: do one task and send one answer (a cell also sends the name of each stage)."""
@@ -209,7 +206,7 @@ def _verdict(request: MeasureRequest, mechanism: Mechanism, speed: Speed | None)
         reason = f"{fastest:.4g} ms is faster than this device can do the mechanism's arithmetic ({floor:.4g} ms)"
         return Status.IMPOSSIBLE, reason
     foreign = speed.foreign_cpu_cores
-    if request.cell.device == "cpu" and foreign is not None and foreign > FOREIGN_CPU_BOUND:
+    if request.cell.device == "cpu" and foreign is not None and foreign > environment.FOREIGN_CPU_BOUND:
         return Status.NOISY, f"other processes kept {foreign:.2f} cores busy while this was timed"
     return Status.OK, None
 

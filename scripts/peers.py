@@ -27,6 +27,7 @@ from peer_forms import BATCH, COMPARISONS, HEADS, WIDTH, Comparison, Operator, P
 from torch import Tensor
 
 import linbench
+from linbench.measure.clock import ForeignLoad
 
 SCHEMA_VERSION = 1
 GIB = 2**30
@@ -48,12 +49,6 @@ def seconds(operator: Operator, leaves: tuple[Tensor, ...], toward: Tensor | Non
     start = time.perf_counter()
     call(operator, leaves, toward)
     return time.perf_counter() - start
-
-
-def busy_seconds() -> tuple[float, float]:
-    """CPU seconds of the whole machine and of this process so far."""
-    whole, own = psutil.cpu_times(), os.times()
-    return sum(whole) - whole.idle - getattr(whole, "iowait", 0.0), own.user + own.system
 
 
 def measure(comparison: Comparison, length: int, pass_: str, rounds: int, budget_s: float) -> dict[str, Any]:
@@ -84,19 +79,19 @@ def measure(comparison: Comparison, length: int, pass_: str, rounds: int, budget
     return {"distance": distance, "peer_first_call_ms": first_call_s * 1e3, "foreign_cpu_cores": foreign, **samples}
 
 
-def abba(pair: Pair, toward: Tensor | None, rounds: int, budget_s: float) -> tuple[dict[str, list[list[float]]], float]:
+def abba(
+    pair: Pair, toward: Tensor | None, rounds: int, budget_s: float
+) -> tuple[dict[str, list[list[float]]], float | None]:
     """Milliseconds per side and round, two a round, in the order ours, peer, peer, ours; and foreign CPU in cores."""
     ours: list[list[float]] = []
     peer: list[list[float]] = []
-    (whole, own), start = busy_seconds(), time.perf_counter()
+    load, start = ForeignLoad(), time.perf_counter()
     while len(ours) < rounds and (len(ours) < 2 or time.perf_counter() - start < budget_s):
         gc.collect()
         a, b, c, d = (seconds(side, pair.leaves, toward) * 1e3 for side in (pair.ours, pair.peer, pair.peer, pair.ours))
         ours.append([a, d])
         peer.append([b, c])
-    (whole_after, own_after), wall = busy_seconds(), time.perf_counter() - start
-    foreign = max(0.0, (whole_after - whole) - (own_after - own)) / wall
-    return {"ours_ms": ours, "peer_ms": peer}, foreign
+    return {"ours_ms": ours, "peer_ms": peer}, load.cores()
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
@@ -137,9 +132,9 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     key = (row["mechanism"], f"{row['package']}: {row['form']}", row["pass"], str(row["length"]))
     if "reason" in row:
         return (*key, "—", row["reason"], "—", "—", "—")
-    low, high = row["ratio_95"]
+    (low, high), foreign = row["ratio_95"], row["foreign_cpu_cores"]
     numbers = (f"{row['ours_median_ms']:.1f}", f"{row['peer_median_ms']:.1f}", f"{row['ratio']:.2f}")
-    return (*key, *numbers, f"{low:.2f} … {high:.2f}", f"{row['foreign_cpu_cores']:.2f}")
+    return (*key, *numbers, f"{low:.2f} … {high:.2f}", "—" if foreign is None else f"{foreign:.2f}")
 
 
 def environment() -> dict[str, Any]:

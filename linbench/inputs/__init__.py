@@ -11,14 +11,14 @@ Nothing here imports torch until a family is loaded.
 from __future__ import annotations
 
 import importlib
-import inspect
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel
 
 from linbench.cell import Cell, Scalar, digest
 from linbench.errors import UsageError
+from linbench.parameters import checked, signature_model
 
 if TYPE_CHECKING:
     import torch
@@ -108,24 +108,10 @@ def _load(name: str, target: str | None = None) -> tuple[ModuleType, Family]:
 
 
 def _parameter_model(name: str, family: Family) -> type[BaseModel]:
-    signature = inspect.signature(family, eval_str=True)
-    fields: dict[str, Any] = {
-        parameter.name: (parameter.annotation, parameter.default)
-        for parameter in signature.parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    return create_model(f"{name.title()}Parameters", __config__=config, **fields)
+    return signature_model(f"{name.title()}Parameters", family, leave_out=("cell", "generator"))
 
 
 def _checked_parameters(cell: Cell) -> dict[str, Any]:
     _, family = _load(cell.inputs, cell.inputs_target)
     model = _parameter_model(cell.inputs, family)
-    try:
-        return dict(model(**cell.inputs_parameters))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        asked = f"inputs.{cell.inputs}.{field}={first['input']}"
-        choices = ", ".join(model.model_fields)
-        raise UsageError(f"{asked}: {first['msg'].lower()}; parameters of {cell.inputs}: {choices}") from error
+    return checked(model, cell.inputs_parameters, f"inputs.{cell.inputs}", "parameters")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from linbench.limits import status_bytes
 from linbench.measure.call import Call, tensors_bytes
 from linbench.record import Memory
 
@@ -80,7 +80,7 @@ def _reset_high_water_mark() -> int:
 
 
 def _status_bytes(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    found = status_bytes(name)
     if found is None:
         raise UnmeasurableMemoryError(f"/proc/self/status has no {name}")
-    return int(found[1]) * 1024
+    return found

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel
 from torch import Tensor
 
 from linbench.cell import Cell
+from linbench.parameters import signature_model
 
 Kind = Literal["exact", "approximator", "replacement", "hybrid"]
 
@@ -116,13 +116,7 @@ class Mechanism(torch.nn.Module, ABC):
     @classmethod
     def hyperparameters(cls) -> type[BaseModel]:
         """A pydantic model of the constructor's hyperparameters: types, ranges, choices and defaults."""
-        signature = inspect.signature(cls.__init__, eval_str=True)
-        fields: dict[str, Any] = {
-            name: (parameter.annotation, parameter.default)
-            for name, parameter in signature.parameters.items()
-            if name not in ("self", "geometry")
-        }
-        return create_model(f"{cls.__name__}Hyperparameters", __config__=ConfigDict(extra="forbid"), **fields)
+        return signature_model(f"{cls.__name__}Hyperparameters", cls.__init__, leave_out=("self", "geometry"))
 
 
 def streaming_bytes(cell: Cell) -> int:

@@ -78,33 +78,35 @@ def _content(records: Sequence[Record], runs: Sequence[Run], title: str) -> tupl
     return content, charts
 
 
-def _html(content: dict[str, Any]) -> str:
-    environment = Environment(
+def _environment(**options: Any) -> Environment:
+    """Templates of this package: escaped, and an error where a name is missing."""
+    return Environment(
         loader=PackageLoader("linbench.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        **options,
     )
+
+
+def _html(content: dict[str, Any]) -> str:
     styles, symbols = content["look"].styles, content["symbols"]
-    return environment.get_template("report.html.j2").render(
-        content,
-        swatches=[swatch_symbol(styles[series], identity) for series, identity in symbols.items()],
-        panel_svg=panel_svg,
-        light=[(VARIABLES[colour], colour) for colour in DARK],
-        dark=[(VARIABLES[colour], dark) for colour, dark in DARK.items()],
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            content,
+            swatches=[swatch_symbol(styles[series], identity) for series, identity in symbols.items()],
+            panel_svg=panel_svg,
+            light=[(VARIABLES[colour], colour) for colour in DARK],
+            dark=[(VARIABLES[colour], dark) for colour, dark in DARK.items()],
+        )
     )
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("linbench.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_markdown_text,
-    )
+    environment = _environment(finalize=_markdown_text)
     environment.filters["code"] = _code
     return environment.get_template("report.md.j2").render(content, folder=FIGURES)
 
