@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 VERBS = {
     "run": "measure a sweep: linbench run +sweep=smoke",
     "plan": "show what a sweep would measure, what it costs and what is left out, without running it",
+    "check": "try to refute a mechanism: causality, gradients, strides, costs, what it claims: linbench check NAME",
     "report": "build the report of results files or folders",
     "list": "show mechanisms, inputs, sweeps, measures and devices",
     "doctor": "say whether this machine is fit to measure",
@@ -32,7 +33,11 @@ USAGE, INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The ``linbench`` command. Returns its exit code: 0, 1 for an unfit machine, 2 for bad input, 130 for Ctrl-C."""
+    """The ``linbench`` command.
+
+    Returns:
+        its exit code: 0, 1 for an unfit machine or a refuted mechanism, 2 for bad input, 130 for Ctrl-C.
+    """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _show_warning
     try:
@@ -59,8 +64,9 @@ def _dispatch(argv: list[str]) -> int:
         from linbench.hydra_front import compose_and_call
 
         return compose_and_call(run if verb == "run" else plan, verb, rest)
-    if verb in ("report", "list", "doctor"):
-        return {"report": report, "list": list_choices, "doctor": doctor}[verb](rest)
+    others = {"check": check, "report": report, "list": list_choices, "doctor": doctor}
+    if verb in others:
+        return others[verb](rest)
     raise UsageError(f"unknown verb '{verb}'; choose from {', '.join(VERBS)}")
 
 
@@ -117,6 +123,39 @@ def plan(config: DictConfig, _command: str) -> int:
     with Runner() as runner:
         show(prepare(checked(config), runner))
     return 0
+
+
+def check(argv: list[str]) -> int:
+    """A mechanism → one finding for each property."""
+    from linbench.checking import TIME_LIMIT_S, Request, check_all
+
+    parser = _Parser(prog="linbench check", description=VERBS["check"])
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a mechanism, an import path my_module.MyClass, or all"
+    )
+    parser.add_argument("--implementation", nargs="+", default=[], help="default: all that it has")
+    parser.add_argument(
+        "--property", nargs="+", default=[], help="only these, as causality forms-agree; after NAME (default: all)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="set a hyperparameter; may be repeated"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--time-limit-s", type=float, default=TIME_LIMIT_S, help="for one property (default: %(default)g)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    request = Request(
+        implementations=options.implementation,
+        properties=options.property,
+        settings=options.set,
+        quick=options.quick,
+        device=options.device,
+        time_limit_s=options.time_limit_s,
+    )
+    return check_all(options.names, request, as_json=options.json)
 
 
 def report(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,18 @@ def config_dir() -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     raise UsageError(f"linbench's own configs are missing from {package}; install linbench again")
+
+
+def name_of(target: str) -> str:
+    """The name of ``my_module.MyAttention``, a mechanism given by its import path: ``my_attention``.
+
+    Raises:
+        UsageError: that is no import path.
+    """
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", target):
+        raise UsageError(f"'{target}' is no import path; write my_module.MyAttention")
+    words = re.sub(r"([a-z0-9])([A-Z])|([A-Z])([A-Z][a-z])", r"\1\3_\2\4", target.rpartition(".")[2])
+    return words.lower()
 
 
 def _as_list(value: object) -> object:
@@ -166,7 +179,7 @@ def _choices(group: str, entries: object, options: list[str]) -> list[Choice]:
     if not isinstance(entries, Mapping):
         raise UsageError(f"{group}={entries}: choose from {', '.join(options)}")
     chosen = []
-    for name, node in entries.items():
+    for name, node in (_with_targets(entries, options) if group == "mechanism" else entries).items():
         if not isinstance(node, Mapping):
             raise UsageError(f"{group}.{name}={node}: {group}.{name} holds parameters, it is not a value itself")
         if "_target_" in node:
@@ -177,6 +190,20 @@ def _choices(group: str, entries: object, options: list[str]) -> list[Choice]:
     if not chosen:
         raise UsageError(f"{group}=[]: nothing is chosen; choose from {', '.join(options)}")
     return chosen
+
+
+def _with_targets(entries: Mapping[Any, Any], options: list[str]) -> dict[Any, Any]:
+    """``mechanism._target_=my_module.MyAttention``, or a list of such: each becomes an entry ``my_attention``."""
+    named = {name: node for name, node in entries.items() if name != "_target_"}
+    for target in _as_list(entries.get("_target_") or []):  # type: ignore[attr-defined]
+        try:
+            name = name_of(str(target))
+        except UsageError as error:
+            raise UsageError(f"mechanism._target_={target}: {error}") from error
+        if name in options or "_target_" in named.get(name, {}):
+            raise UsageError(f"mechanism._target_={target}: there is another '{name}'; rename the class")
+        named[name] = {"_target_": str(target), **named.get(name, {})}
+    return named
 
 
 def _checked_choice(group: str, name: str, target: object, parameters: dict[str, Any]) -> Choice:

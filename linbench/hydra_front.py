@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from linbench import registry
-from linbench.config import GROUPS, Config, config_dir, parse
+from linbench.config import GROUPS, Config, config_dir, name_of, parse
 from linbench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -127,7 +128,30 @@ def _sorted(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             flags += [word, waiting.pop(0)]
         else:
             flags.append(word)
-    return flags, overrides
+    return flags, [*_opened(overrides), *_joining(overrides)]
+
+
+def _opened(overrides: Sequence[str]) -> list[str]:
+    """What no file lists may be set: import paths, and the hyperparameters of mechanisms that are not ours."""
+    targets = [value for key, _, value in (word.partition("=") for word in overrides) if key == "mechanism._target_"]
+    foreign = {name_of(path) for path in re.findall(r"[\w.]+\.\w+", ",".join(targets))}
+    foreign |= registry.plug_ins().keys() - registry.BUILT_IN.keys()
+    opened = []
+    for word in overrides:
+        group, _, rest = word.partition("=")[0].partition(".")
+        name, _, parameter = rest.partition(".")
+        new = group == "mechanism" and (name == "_target_" or (name in foreign and parameter))
+        opened.append(f"++{word}" if new else word)
+    return opened
+
+
+def _joining(overrides: Sequence[str]) -> list[str]:
+    """Installed plug-ins take part in every sweep, unless the command line says which mechanisms do."""
+    keys = [word.partition("=")[0].lstrip("+") for word in overrides]
+    if "sweep" not in keys or "mechanism" in keys:
+        return []
+    foreign = {name: path for name, path in registry.plug_ins().items() if name not in registry.BUILT_IN}
+    return [f"++mechanism.{name}._target_={path}" for name, path in sorted(foreign.items())]
 
 
 def _sentence(error: Exception, flags: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -13,6 +14,11 @@ from linbench.errors import UsageError
 
 def signature_model(name: str, function: Callable[..., Any], leave_out: tuple[str, ...]) -> type[BaseModel]:
     """A pydantic model of a function's parameters: types, ranges, choices and defaults; nothing else is accepted."""
+    return _signature_model(name, function, leave_out)
+
+
+@cache  # making the model takes longer than building most mechanisms
+def _signature_model(name: str, function: Callable[..., Any], leave_out: tuple[str, ...]) -> type[BaseModel]:
     signature = inspect.signature(function, eval_str=True)
     fields: dict[str, Any] = {
         parameter.name: (parameter.annotation, parameter.default)
@@ -38,5 +44,6 @@ def checked(model: type[BaseModel], values: Mapping[str, Any], where: str, kind:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         choices = ", ".join(model.model_fields) or "none"
-        told = f"{first['msg'].lower()}; {kind} of {where.rpartition('.')[2]}: {choices}"
+        wrong = "there is none of that name" if first["type"] == "extra_forbidden" else first["msg"].lower()
+        told = f"{wrong}; {kind} of {where.rpartition('.')[2]}: {choices}"
         raise UsageError(f"{where}.{field}={first['input']}: {told}") from error

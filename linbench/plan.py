@@ -28,6 +28,8 @@ class Prospect(BaseModel):
     unsupported: str | None = None
     usage_error: str | None = None
     check_rows: int = 0
+    sequential_check: bool = False
+    """The mechanism's reference walks the tokens one by one."""
 
 
 class Skip(NamedTuple):
@@ -153,6 +155,8 @@ def inputs_bytes(cell: Cell) -> int:
 SUSTAINED_SHARE = 0.4
 """Share of the rates that a real mechanism reaches; the estimates are for planning only."""
 STARTUP_S = 0.3
+SEQUENTIAL_STEP_S = 1.5e-4
+"""One token of a reference that walks them: a handful of small operations."""
 WARMUP_CALLS = 3
 
 
@@ -163,6 +167,10 @@ def estimate_seconds(cell: Cell, prospect: Prospect, rates: Rates, measures: dic
     call = max(prospect.cost.flops / rates.flops_per_s, prospect.cost.min_bytes / rates.bytes_per_s) / SUSTAINED_SHARE
     wide = 2 * cell.batch * cell.heads * cell.length * (cell.head_dim + cell.value_dim)
     reference = prospect.check_rows * wide * (1 if cell.pass_ == "forward" else 4) / (rates.flops_per_s / 8)
+    if prospect.sequential_check:
+        state = cell.batch * cell.heads * cell.head_dim * cell.value_dim
+        step = SEQUENTIAL_STEP_S + 8 * 8 * state / rates.bytes_per_s
+        reference = cell.length * step * (1 if cell.pass_ == "forward" else 4)
     seconds = STARTUP_S + call + reference
     if (speed := measures.get("speed")) is not None:
         least, most = float(speed.get("min_samples") or 10) * call, float(speed.get("max_samples") or 200) * call
@@ -173,6 +181,10 @@ def estimate_seconds(cell: Cell, prospect: Prospect, rates: Rates, measures: dic
         whole = cell.length <= float(error.get("full_up_to_tokens") or 0)
         rows = cell.length if whole else float(error.get("rows") or 512)
         seconds += call + rows * wide / (rates.flops_per_s / 4)
+    if (fit := measures.get("fit")) is not None:
+        forward = prospect.cost.flops / (1 if cell.pass_ == "forward" else 3) / rates.flops_per_s
+        exact = cell.length * wide / rates.flops_per_s
+        seconds += float(fit.get("steps") or 300) * (4 * forward + exact) / SUSTAINED_SHARE
     return seconds
 
 

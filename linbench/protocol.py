@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 
 from linbench.cell import Cell, Scalar
+from linbench.conformance.finding import Finding
 from linbench.plan import Prospect, Rates
-from linbench.record import Block, Check, Environment, Error, Memory, Speed, Status
+from linbench.record import Block, Check, Environment, Error, Fit, Kernel, Memory, Speed, Status, Structure
 
 
 class Measure(BaseModel):
@@ -35,6 +36,9 @@ class Outcome(Block):
     speed: Speed | None = None
     memory: Memory | None = None
     error: Error | None = None
+    fit: Fit | None = None
+    structure: Structure | None = None
+    kernel: Kernel | None = None
 
 
 class ForeseeRequest(BaseModel):
@@ -64,3 +68,28 @@ class Survey(BaseModel):
     environment: Environment
     rates: dict[str, Rates]
     missing_devices: dict[str, str]
+
+
+class ExamineRequest(BaseModel):
+    """Look at one property of a mechanism, or (without a property) say which there are."""
+
+    mechanism: str
+    target: str | None = None
+    hyperparameters: dict[str, Scalar] = Field(default_factory=dict)
+    implementations: list[str] = Field(default_factory=list)
+    quick: bool = False
+    device: str = "cpu"
+    threads: int = 1
+    memory_limit_bytes: int | None = None
+    property: str | None = None
+
+
+class Examined(BaseModel):
+    """What was found of the property, or what there is to look at."""
+
+    finding: Finding | None = None
+    properties: dict[str, str] = Field(default_factory=dict)
+    """Name -> what it means."""
+    notes: list[str] = Field(default_factory=list)
+    """Shapes that are looked at in place of odd ones, and why."""
+    usage_error: str | None = None

@@ -3,6 +3,8 @@
 Schema history (the number is in every line that is written; readers keep every older one):
 
 1. First version: a ``run`` line with the environment, then one ``cell`` line for each cell.
+2. ``cost`` says how time and memory are claimed to grow; ``error`` judges against the mechanism's own target where it
+   has one; blocks ``fit``, ``structure`` and ``kernel``.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linbench.cell import Cell
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Status(StrEnum):
@@ -49,6 +51,10 @@ class Cost(Block):
     """Bytes that must cross memory when every input is read once and every output written once."""
     state_bytes: int | None = None
     """Bytes kept to decode the next token after N tokens, or null when the mechanism cannot decode."""
+    claimed_time: str | None = None
+    """How the mechanism's time is claimed to grow with N, for example ``N log N``."""
+    claimed_memory: str | None = None
+    """The same for the memory of a forward pass."""
 
 
 class Check(Block):
@@ -123,6 +129,71 @@ class Error(Block):
     row_cosine_mean: float
     row_error_quantiles: dict[str, float]
     """Quantiles of each row's own relative error: ``p05``, ``p50``, ``p95``, ``p99``, ``max``."""
+    target_error: float | None = None
+    """The relative error against what the mechanism approximates, where that is not softmax of q·kᵀ/√D: attention with
+    unit keys, say; null for all others."""
+    target_trivial_error: float | None = None
+    """That of the mean of the visible values, against the same target."""
+
+
+class Fit(Block):
+    """Before and after fitting to exact softmax attention, both judged on inputs that the fit has not seen."""
+
+    protocol: int
+    """Version of the definition in ``linbench/measure/fit.py``."""
+    steps: int
+    learning_rate: float
+    parameters: int
+    """Numbers that were fitted: those of the mechanism and of the projections and gates around it."""
+    own_parameters: int
+    """Those of the mechanism itself among them."""
+    first_loss: float
+    """Mean squared relative error of the first ten training steps."""
+    last_loss: float
+    """That of the last ten."""
+    initial_error: float
+    """Relative error before the first step: projections are identities, gates half-way open."""
+    initial_skill: float | None = None
+    fitted_error: float
+    """Relative error after the last step."""
+    fitted_error_interval: tuple[float, float] | None = None
+    """95 % bootstrap interval over query positions, when only a sample of rows was judged."""
+    fitted_skill: float | None = None
+    trivial_error: float
+    """Relative error of the mean of the visible values."""
+
+
+class Structure(Block):
+    """How many dimensions the output of a head has, beside that of exact softmax; means over heads."""
+
+    protocol: int
+    """Version of the definition in ``linbench/measure/structure.py``."""
+    rows: int
+    rows_total: int
+    largest_rank: int
+    """The smaller side of the matrices: no rank is larger."""
+    output_effective_rank: float
+    """exp of the entropy of the singular values as shares of their sum."""
+    output_numerical_rank: float
+    """Singular values above one hundredth of the largest."""
+    exact_effective_rank: float
+    """The same of exact softmax attention."""
+    exact_numerical_rank: float
+
+
+class Kernel(Block):
+    """How well random features estimate their kernel, beside what theory says."""
+
+    protocol: int
+    """Version of the definition in ``linbench/measure/kernel.py``."""
+    pairs: int
+    """Pairs of a query and a key."""
+    draws: int
+    """Seeds of the features."""
+    relative_mse: float
+    """Mean over pairs and draws of (estimate / kernel − 1)²."""
+    expected_relative_mse: float
+    """Its closed form for independent Gaussian rows, mean over the same pairs."""
 
 
 class Record(Block):
@@ -152,6 +223,9 @@ class Record(Block):
     speed: Speed | None = None
     memory: Memory | None = None
     error: Error | None = None
+    fit: Fit | None = None
+    structure: Structure | None = None
+    kernel: Kernel | None = None
 
     @model_validator(mode="after")
     def _status_decides_blocks(self) -> Record:
@@ -161,7 +235,8 @@ class Record(Block):
             raise ValueError(f"a record with status {self.status} needs a check that passed")
         if self.status is Status.INCORRECT and (self.check is None or self.check.passed):
             raise ValueError("a record with status incorrect needs a check that failed")
-        if self.status not in MEASURED and (self.speed or self.memory or self.error):
+        measured = (self.speed, self.memory, self.error, self.fit, self.structure, self.kernel)
+        if self.status not in MEASURED and any(measured):
             raise ValueError(f"a record with status {self.status} cannot carry a measurement")
         return self
 

@@ -24,6 +24,36 @@ BUILT_IN = {
     "performer": "linbench.mechanisms.performer.Performer",
     "longformer": "linbench.mechanisms.longformer.Longformer",
     "retnet": "linbench.mechanisms.retnet.RetNet",
+    "taylor": "linbench.mechanisms.taylor.Taylor",
+    "mamba": "linbench.mechanisms.mamba.Mamba",
+    "hedgehog": "linbench.mechanisms.hedgehog.Hedgehog",
+    "cosformer": "linbench.mechanisms.cosformer.CosFormer",
+    "rfa": "linbench.mechanisms.rfa.RFA",
+    "polysketch": "linbench.mechanisms.polysketch.PolySketch",
+    "based": "linbench.mechanisms.based.Based",
+    "gla": "linbench.mechanisms.gla.GLA",
+    "hgrn2": "linbench.mechanisms.hgrn2.HGRN2",
+    "mamba2": "linbench.mechanisms.mamba2.Mamba2",
+    "rwkv4": "linbench.mechanisms.rwkv4.RWKV4",
+    "rwkv6": "linbench.mechanisms.rwkv6.RWKV6",
+    "lightning": "linbench.mechanisms.lightning.Lightning",
+    "deltanet": "linbench.mechanisms.deltanet.DeltaNet",
+    "gated_deltanet": "linbench.mechanisms.gated_deltanet.GatedDeltaNet",
+    "kda": "linbench.mechanisms.kda.KimiDeltaAttention",
+    "rwkv7": "linbench.mechanisms.rwkv7.RWKV7",
+    "hyena": "linbench.mechanisms.hyena.Hyena",
+    "nystrom": "linbench.mechanisms.nystrom.Nystrom",
+    "efficient": "linbench.mechanisms.efficient.Efficient",
+    "flatten": "linbench.mechanisms.flatten.FLatten",
+    "rala": "linbench.mechanisms.rala.RALA",
+    "reformer": "linbench.mechanisms.reformer.Reformer",
+    "log_linear": "linbench.mechanisms.log_linear.LogLinear",
+    "mesa": "linbench.mechanisms.mesa.Mesa",
+    "nsa": "linbench.mechanisms.nsa.NSA",
+    "galerkin": "linbench.mechanisms.galerkin.Galerkin",
+    "fourier": "linbench.mechanisms.fourier.Fourier",
+    "gnot": "linbench.mechanisms.gnot.GNOT",
+    "oformer": "linbench.mechanisms.oformer.OFormer",
 }
 
 
@@ -47,15 +77,15 @@ def load(name: str, target: str | None = None) -> type[Mechanism]:
     Raises:
         UsageError: the name is unknown, or the path does not lead to a mechanism.
     """
-    known = targets()
-    path = target or known.get(name)
+    path = target or BUILT_IN.get(name) or plug_ins().get(name)
     if path is None:
-        raise UsageError(f"unknown mechanism '{name}'; choose from {', '.join(sorted(known))}")
+        raise UsageError(f"unknown mechanism '{name}'; choose from {', '.join(sorted(targets()))}")
     module_name, _, attribute = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"mechanism '{name}' cannot be loaded from '{path}': {error}") from error
+    except Exception as error:  # a module that is not ours may raise anything when it is imported
+        told = str(error) or type(error).__name__
+        raise UsageError(f"mechanism '{name}' cannot be loaded from '{path}': {told}") from error
     from linbench.mechanisms.base import Mechanism
 
     if not (isinstance(found, type) and issubclass(found, Mechanism)):
@@ -65,10 +95,22 @@ def load(name: str, target: str | None = None) -> type[Mechanism]:
 
 def descriptions() -> dict[str, dict[str, Any]]:
     """Every known mechanism by name: kind, forms, implementations, hyperparameters with defaults and ranges, paper."""
-    return {name: _description(load(name)) for name in sorted(targets())}
+    return {name: _described(name) for name in sorted(targets())}
+
+
+def _described(name: str) -> dict[str, Any]:
+    """The description; of an installed plug-in that cannot be loaded the reason, in place of it."""
+    try:
+        return _description(load(name))
+    except UsageError as error:
+        if name in BUILT_IN:
+            raise
+        return {"about": f"not to be used: {error}"}
 
 
 def _description(cls: type[Mechanism]) -> dict[str, Any]:
+    from linbench.mechanisms.base import Mechanism
+
     about = cls.description
     schema = cls.hyperparameters().model_json_schema().get("properties", {})
     stated = ("default", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
@@ -77,6 +119,9 @@ def _description(cls: type[Mechanism]) -> dict[str, Any]:
         "forms": ["causal" if causal else "full" for causal in about.causal_forms],
         "implementations": list(cls.implementations()),
         "hyperparameters": {key: {k: field[k] for k in stated if k in field} for key, field in schema.items()},
+        "decodes": True in about.causal_forms and cls.step is not Mechanism.step,
+        "time": about.time,
+        "memory": about.memory,
         "summary": about.summary,
         "paper": about.paper,
         "arxiv": about.arxiv,

@@ -15,12 +15,22 @@ import signal
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from linbench.protocol import ForeseeRequest, Foresight, MeasureRequest, Outcome, Survey, SurveyRequest
+from linbench.protocol import (
+    Examined,
+    ExamineRequest,
+    ForeseeRequest,
+    Foresight,
+    MeasureRequest,
+    Outcome,
+    Survey,
+    SurveyRequest,
+)
 from linbench.record import Status
 
 FORESEE_LIMIT_S = 120.0
@@ -40,14 +50,18 @@ class _Ended(NamedTuple):
 
 
 class Runner:
-    """Runs tasks in children, one at a time. Use as a context manager; the fork server ends with the process."""
+    """Runs tasks in children, one at a time. Use as a context manager; the fork server ends with the process.
 
-    def __init__(self) -> None:
+    Args:
+        also_preload: modules that the server imports besides the worker.
+    """
+
+    def __init__(self, also_preload: Sequence[str] = ()) -> None:
         # OpenBLAS and OpenMP must not start threads in the server: threads do not survive a fork
         for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
             os.environ.setdefault(variable, "1")
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["linbench.preload"])
+        self._context.set_forkserver_preload([*also_preload, "linbench.preload"])
         self._folder = tempfile.TemporaryDirectory(prefix="linbench-")
         self._log = Path(self._folder.name) / "child.log"
 
@@ -88,6 +102,17 @@ class Runner:
             reason = f"no result within {time_limit_s:g} s; it was in stage '{ended.stage}'"
             return Outcome(status=Status.TIMEOUT, reason=reason)
         return Outcome(status=Status.CRASH, reason=_death(ended))
+
+    def examine(self, request: ExamineRequest, time_limit_s: float) -> Examined:
+        """Look at one property of a mechanism, or ask which there are.
+
+        Raises:
+            RuntimeError: the child gave no answer: the mechanism ended it, or the time was over.
+        """
+        ended = self._run("examine", request.model_dump_json(), time_limit_s)
+        if ended.answer is None:
+            raise RuntimeError(_death(ended))
+        return Examined.model_validate_json(ended.answer)
 
     def _run(self, task: str, request: str, limit_s: float) -> _Ended:
         receiver, sender = self._context.Pipe(duplex=False)

@@ -30,6 +30,8 @@ from linbench.measure.memory import UnmeasurableMemoryError
 from linbench.mechanisms.base import Mechanism
 from linbench.plan import Prospect, Rates
 from linbench.protocol import (
+    Examined,
+    ExamineRequest,
     ForeseeRequest,
     Foresight,
     Measure,
@@ -57,6 +59,9 @@ def main(connection: Connection, task: str, request: str, log: str) -> None:
         "measure": lambda: measure(
             MeasureRequest.model_validate_json(request), lambda stage: connection.send(("stage", stage))
         ).model_dump_json(by_alias=True),
+        "examine": lambda: examine(
+            ExamineRequest.model_validate_json(request), lambda stage: connection.send(("stage", stage))
+        ).model_dump_json(),
     }
     connection.send(("answer", tasks[task]()))
     connection.close()
@@ -89,6 +94,30 @@ def measure(request: MeasureRequest, enter: Callable[[str], None]) -> Outcome:
     except Exception as error:
         status, why = classify(error)
         return Outcome(status=status, reason=f"{why} (stage: {stages.current})", stages_s=stages.leave())
+
+
+def examine(request: ExamineRequest, enter: Callable[[str], None]) -> Examined:
+    """One property of a mechanism, or the list of them; ``enter`` is told the implementation and form."""
+    from linbench.conformance import kit
+
+    torch.set_num_threads(request.threads)
+    if request.memory_limit_bytes is not None:
+        limit_memory(request.memory_limit_bytes)
+    asked = kit.Examination(
+        request.mechanism,
+        request.target,
+        request.hyperparameters,
+        tuple(request.implementations),
+        request.quick,
+        request.device,
+    )
+    try:
+        if request.property is None:
+            meanings = {name: known.meaning for name, known in kit.PROPERTIES.items()}
+            return Examined(properties=meanings, notes=asked.notes())
+        return Examined(finding=kit.examine(asked, request.property, enter))
+    except UsageError as error:
+        return Examined(usage_error=str(error))
 
 
 def prepare(cell: Cell) -> Call:
@@ -129,6 +158,11 @@ def foresee(request: ForeseeRequest) -> Foresight:
 def _prospect(cell: Cell, request: ForeseeRequest) -> Prospect:
     try:
         cls = registry.load(cell.mechanism, cell.target)
+    except UsageError as error:
+        if cell.mechanism in registry.plug_ins():  # it joins every sweep, and must not take it with it
+            return Prospect(unsupported=str(error), code="none")
+        return Prospect(usage_error=str(error))
+    try:
         if cell.implementation not in cls.implementations():
             choices = ", ".join(cls.implementations())
             reason = f"{cell.mechanism} has no implementation '{cell.implementation}', only {choices}"
@@ -142,9 +176,15 @@ def _prospect(cell: Cell, request: ForeseeRequest) -> Prospect:
         if lacking:
             return Prospect(unsupported=lacking, code=digest(made_with))
         state = mechanism.state_bytes(cell.length, getattr(torch, cell.dtype))
-        cost = Cost(flops=mechanism.flops(cell), min_bytes=mechanism.min_bytes(cell), state_bytes=state)
+        cost = Cost(
+            flops=mechanism.flops(cell),
+            min_bytes=mechanism.min_bytes(cell),
+            state_bytes=state,
+            claimed_time=cls.description.time,
+            claimed_memory=cls.description.memory,
+        )
         rows = check_rows(cell.length, cell.batch * cell.heads)
-        return Prospect(cost=cost, code=digest(made_with), check_rows=rows)
+        return Prospect(cost=cost, code=digest(made_with), check_rows=rows, sequential_check=cls.sequential_reference)
     except UsageError as error:
         return Prospect(usage_error=str(error))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from linbench.config import config_dir
 from linbench.record import Record, Status
 from linbench.store import read_all, results_files
 
@@ -51,9 +52,14 @@ def lines(folder: Path) -> int:
 
 def start(folder: Path, words: Sequence[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "linbench", *words]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # whatever a shell starts in the background ignores SIGINT, and hands that on
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for_records(folder: Path, count: int) -> None:
@@ -205,7 +211,8 @@ def test_a_users_own_folder_adds_sweeps_and_mechanisms(tmp_path: Path) -> None:
     done = linbench(tmp_path, "plan", "+sweep=tiny", "--config-dir", "mine")  # the flag may also come last
     assert "2 cells: 2 to run" in done.stdout, done.stderr
     wrong = linbench(tmp_path, "plan", "--config-dir", "mine", "+sweep=tin")
-    assert wrong.stderr.strip() == "linbench: unknown sweep 'tin'; choose from long_seq, smoke, tiny"
+    ours = [path.stem for path in (config_dir() / "sweep").glob("*.yaml")]
+    assert wrong.stderr.strip() == f"linbench: unknown sweep 'tin'; choose from {', '.join(sorted([*ours, 'tiny']))}"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +239,7 @@ def test_flags_behave_as_hydra_users_expect(tmp_path: Path, words: tuple[str, ..
     ("typed", "expected"),
     [
         ("linbench ru", ["run"]),
-        ("linbench ", ["run", "plan", "report", "list", "doctor"]),
+        ("linbench ", ["run", "plan", "check", "report", "list", "doctor"]),
         ("linbench run +sweep=lo", ["+sweep=long_seq"]),
         ("linbench plan mechanism=perf", ["mechanism=performer"]),
         ("linbench run dty", ["dtype="]),
@@ -252,10 +259,10 @@ def test_the_completion_script_can_be_installed(tmp_path: Path) -> None:
     [
         (("run", "mechanism=foo"), ["unknown mechanism 'foo'", "linear, linformer"]),
         (("run", "mechanism=[linear,foo]"), ["unknown mechanism 'foo'", "linear, linformer"]),
-        (("plan", "+sweep=foo"), ["unknown sweep 'foo'", "long_seq, smoke"]),
+        (("plan", "+sweep=foo"), ["unknown sweep 'foo'", "long_seq, paper_based"]),
         (("plan", "sweep=smoke"), ["+sweep=NAME"]),
         (("run", "device=tpu"), ["unknown device 'tpu'", "cpu, cuda"]),
-        (("run", "measure=speeed"), ["unknown measure 'speeed'", "error, memory, speed"]),
+        (("run", "measure=speeed"), ["unknown measure 'speeed'", "memory, speed"]),
         (("run", "lenght=3"), ["unknown key 'lenght'", "did you mean 'length'"]),
         (("run", "+lenght=3"), ["unknown key 'lenght'", "did you mean 'length'"]),
         (("run", "length=-4"), ["length=-4"]),
@@ -265,7 +272,7 @@ def test_the_completion_script_can_be_installed(tmp_path: Path) -> None:
         (("run", "mechanism=linear", "mechanism.performer.features=3"), ["performer is not among the chosen"]),
         (("run", "--config-dir", "/nowhere"), ["/nowhere"]),
         (("run", "--config-dir"), ["--config-dir needs a value"]),
-        (("frobnicate",), ["unknown verb 'frobnicate'", "run, plan, report"]),
+        (("frobnicate",), ["unknown verb 'frobnicate'", "run, plan, check, report"]),
         (("report", "nowhere"), ["nowhere does not exist"]),
         (("list", "foo"), ["foo", "mechanisms", "sweeps"]),
         (("doctor", "--fast"), ["--fast"]),

@@ -53,5 +53,5 @@ def test_comments_docstrings_and_unrelated_modules_do_not(package: Path) -> None
 def test_a_mechanism_of_ours_includes_its_shared_core_and_no_other_mechanism() -> None:
     seen: set[str] = set()
     provenance._collect("linbench.mechanisms.linear", seen)
-    assert {"linbench.mechanisms.chunked", "linbench.mechanisms.slabs", "linbench.mechanisms.base"} <= seen
-    assert not {"linbench.mechanisms.retnet", "linbench.mechanisms.banded", "linbench.record"} & seen
+    assert {"linbench.mechanisms.cores.chunked", "linbench.mechanisms.cores.slabs", "linbench.mechanisms.base"} <= seen
+    assert not {"linbench.mechanisms.retnet", "linbench.mechanisms.cores.banded", "linbench.record"} & seen

@@ -93,6 +93,19 @@ def unsupported(cell: Cell) -> str | None:
     return reason
 
 
+def another_draw(cell: Cell, seed: int) -> Cell:
+    """A cell of the same shape and family whose inputs are others: those of ``seed``, or another captured text.
+
+    Raises:
+        UsageError: the family is captured and has nothing else to give.
+    """
+    module, _ = _load(cell.inputs, cell.inputs_target)
+    if hasattr(module, "another_draw"):
+        other: Cell = module.another_draw(cell, seed)
+        return other
+    return cell.model_copy(update={"seed": seed})
+
+
 def _load(name: str, target: str | None = None) -> tuple[ModuleType, Family]:
     """The module and the function of a family; ``target`` is the path ``module.function`` of one that is not ours."""
     if target is None and name not in _FAMILIES:

@@ -17,19 +17,23 @@ MINILM_TEXTS, MINILM_HEADS, MINILM_TOKENS, MINILM_DIM = 2, 6, 512, 32
 """The shape of each tensor in ``data/minilm.safetensors``; held true by a test."""
 
 
-def minilm(cell: Cell, generator: torch.Generator, *, layer: Literal[0, 3, 5] = 3) -> tuple[Tensor, Tensor, Tensor]:
+def minilm(
+    cell: Cell, generator: torch.Generator, *, layer: Literal[0, 3, 5] = 3, text: Literal[0, 1] = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Read what one layer of all-MiniLM-L6-v2 computes on English prose; the seed plays no part.
 
-    The first N tokens of the first B texts, and H evenly spaced ones of the stored heads. Logits are q·k/√32, as in the
+    The first N tokens of B texts, and H evenly spaced ones of the stored heads. Logits are q·k/√32, as in the
     model. The sharpness is the model's own.
 
     Args:
         layer: first, middle or last of the model's six layers, counted from 0.
+        text: the first of the B texts.
     """
     step = MINILM_HEADS // cell.heads
     with safe_open(DATA / "minilm.safetensors", framework="pt") as file:
         q, k, v = (
-            file.get_slice(f"layer{layer}.{name}")[: cell.batch, :, : cell.length].float()[:, ::step] for name in "qkv"
+            file.get_slice(f"layer{layer}.{name}")[text : text + cell.batch, :, : cell.length].float()[:, ::step]
+            for name in "qkv"
         )
     return q.contiguous(), k.contiguous(), v.contiguous()
 
@@ -45,10 +49,23 @@ def unsupported(cell: Cell) -> str | None:
         raise UsageError(f"heads={cell.heads}: inputs=minilm holds {MINILM_HEADS} heads; choose from {choices}")
     if cell.length > MINILM_TOKENS:
         return f"minilm holds {MINILM_TOKENS} tokens, not {cell.length}"
-    if cell.batch > MINILM_TEXTS:
-        return f"minilm holds {MINILM_TEXTS} texts, not {cell.batch}"
+    first = int(cell.inputs_parameters.get("text") or 0)
+    if first + cell.batch > MINILM_TEXTS:
+        return f"minilm holds {MINILM_TEXTS} texts, not {cell.batch}{f' from text {first} on' if first else ''}"
     if cell.head_dim != MINILM_DIM:
         return f"minilm has head_dim {MINILM_DIM}, not {cell.head_dim}"
     if cell.value_dim != MINILM_DIM:
         return f"minilm has value_dim {MINILM_DIM}, not {cell.value_dim}"
     return None
+
+
+def another_draw(cell: Cell, seed: int) -> Cell:
+    """The same of the other text.
+
+    Raises:
+        UsageError: the cell takes every text.
+    """
+    if cell.batch > 1:
+        raise UsageError(f"minilm holds {MINILM_TEXTS} texts: with batch={cell.batch} no other is left")
+    other = 1 - int(cell.inputs_parameters.get("text") or 0)
+    return cell.model_copy(update={"inputs_parameters": {**cell.inputs_parameters, "text": other}})

@@ -41,9 +41,13 @@ class Call:
                 return self.mechanism(self.q, self.k, self.v, **self.extras)  # type: ignore[no-any-return]
         return self.mechanism(self.q, self.k, self.v, **self.extras)  # type: ignore[no-any-return]
 
-    def gradients(self, output: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of ``⟨output, output_gradient⟩``; returned, never accumulated into ``.grad``."""
-        return torch.autograd.grad(output, list(self.differentiable.values()), self.output_gradient)
+    def gradients(self, output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``⟨output, output_gradient⟩``; returned, never accumulated into ``.grad``.
+
+        None for an operand that the operator does not read.
+        """
+        operands = list(self.differentiable.values())
+        return torch.autograd.grad(output, operands, self.output_gradient, allow_unused=True)
 
     def timed_part(self) -> Callable[[], object]:
         """Prepare one call of the pass and return its part that is to be timed.

@@ -109,17 +109,20 @@ def _reference(call: Call, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The reference's rows in fp64, and its gradients by name where the pass has them."""
     exact = copy.deepcopy(call.mechanism).double()
     names = list(call.differentiable)
-    operands = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in (call.q, call.k, call.v)]
-    extras = {
-        name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in call.extras.items()
-    }
+    operands = [_exact(tensor) for tensor in (call.q, call.k, call.v)]
+    extras = {name: _exact(tensor) for name, tensor in call.extras.items()}
     with torch.set_grad_enabled(bool(names)):
         expected = exact.reference(operands[0], operands[1], operands[2], rows, **extras)
     if call.output_gradient is None:
         return expected, {}
     leaves = [tensor for tensor in (*operands, *extras.values()) if tensor.requires_grad]
-    gradients = torch.autograd.grad(expected, leaves, call.output_gradient[:, :, rows].double())
+    gradients = torch.autograd.grad(expected, leaves, call.output_gradient[:, :, rows].double(), materialize_grads=True)
     return expected.detach(), dict(zip(names, gradients, strict=True))
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """A leaf of its own in fp64; what is not of floating type stays as it is."""
+    return tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
 
 
 def _only(rows: Tensor, gradient: Tensor | None) -> Tensor | None:

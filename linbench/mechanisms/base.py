@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
 from linbench.cell import Cell
+from linbench.errors import UsageError
+from linbench.mechanisms.claims import Claims, ExactLimit
 from linbench.parameters import signature_model
 
 Kind = Literal["exact", "approximator", "replacement", "hybrid"]
+Growth = Literal["1", "N", "N log N", "N^1.5", "N^2"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,22 @@ class Description:
     paper: str
     arxiv: str
     year: int
+    time: Growth = "N"
+    """How the time of a forward pass is claimed to grow; the report prints the measured exponent beside it."""
+    memory: Growth = "N"
+    """The same for the memory of a forward pass."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """An extra that a layer computes from its input for every token: ``activation(x·W + b)``."""
+
+    activation: Callable[[Tensor], Tensor]
+    """From any real number, elementwise or over the last dimension, to the values that the operator takes."""
+    width: int | None = None
+    """Of the last dimension, ``[B, H, N, width]``; None for one number per token and head, ``[B, H, N]``."""
+    precise: bool = False
+    """Kept in fp32 at least where the inputs are shorter: logarithms of decays, which are summed over many tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +74,14 @@ class Mechanism(torch.nn.Module, ABC):
     ``forward_NAME`` for every other implementation that it has.
 
     Tensors are ``[B, H, N, ·]``: q ``[B, H, N, D]``, k ``[B, H, N_k, D]``, v ``[B, H, N_k, M]``, o ``[B, H, N, M]``.
+    An extra with three dimensions or more belongs to tokens, ``[B, H, N, …]``; one with fewer belongs to all of them.
+    Extras of floating type are differentiable. What is learned is a ``torch.nn.Parameter``, seeded by the geometry.
     """
 
     description: ClassVar[Description]
+    claims: ClassVar[Claims] = Claims()
+    sequential_reference: ClassVar[bool] = False
+    """The reference walks the tokens one by one, so that a plan has to allow for it."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -85,9 +110,56 @@ class Mechanism(torch.nn.Module, ABC):
         """The reference as an implementation of its own."""
         return self.reference(q, k, v, **extras)
 
-    def make_extras(self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """What the operator needs beyond q, k, v (decays, gates, …), drawn from ``generator``; nothing for most."""
+    def gates(self) -> dict[str, Gate]:
+        """The extras that a layer would compute from its input, by name; none for most."""
         return {}
+
+    def make_extras(self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """What the operator needs beyond q, k, v (decays, gates, …), drawn from ``generator``; nothing for most.
+
+        The gates of a layer at initialisation: their activation of independent standard normal numbers. They require
+        gradients exactly when v does.
+        """
+        extras = {}
+        for name, gate in self.gates().items():
+            shape = q.shape[:3] if gate.width is None else (*q.shape[:3], gate.width)
+            raw = torch.randn(shape, generator=generator, dtype=torch.float64).to(q.device)
+            dtype = torch.promote_types(q.dtype, torch.float32) if gate.precise else q.dtype
+            extras[name] = gate.activation(raw).to(dtype).requires_grad_(v.requires_grad)
+        return extras
+
+    def target(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor | None:
+        """What this mechanism approximates where that is not softmax(q·kᵀ/√D)·v; shapes as in :meth:`reference`."""
+        return None
+
+    @classmethod
+    def exact_limit(cls, length: int) -> ExactLimit | None:
+        """Settings at which ``length`` tokens give the target (softmax, or :meth:`target`) exactly; None without."""
+        return None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it computes one token after the other from a state."""
+        return self.causal and type(self).step is not Mechanism.step
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """The state before the first token, for inputs in ``dtype``.
+
+        Raises:
+            UsageError: this mechanism does not decode.
+        """
+        raise UsageError(f"{type(self).__name__} has no decoding step")
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, **extras: Tensor) -> tuple[Tensor, Any]:
+        """One token of the causal form: q, k ``[B, H, D]``, v ``[B, H, M]``, and the extras of that token.
+
+        Returns:
+            o ``[B, H, M]`` and the state after the token. The state that was given may have been changed.
+
+        Raises:
+            UsageError: this mechanism does not decode.
+        """
+        raise UsageError(f"{type(self).__name__} has no decoding step")
 
     def unsupported(self, cell: Cell) -> str | None:
         """Why this mechanism cannot run ``cell``, in one clause, or None when it can."""
@@ -119,10 +191,32 @@ class Mechanism(torch.nn.Module, ABC):
         return signature_model(f"{cls.__name__}Hyperparameters", cls.__init__, leave_out=("self", "geometry"))
 
 
-def streaming_bytes(cell: Cell) -> int:
-    """Least traffic of an operator that reads q, k, v once and writes o once, and of its backward.
+class KernelEstimator(ABC):
+    """A mechanism that estimates a kernel of a query and a key with random features; :class:`Mechanism` beside it."""
 
-    Forward ``e·BHN(2D + 2M)``; the backward reads q, k, v, o, do and writes dq, dk, dv: ``e·BHN(4D + 4M)``.
+    @abstractmethod
+    def relative_kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        """The estimate over the kernel itself: q, k ``[P, D]`` -> ``[P]``, 1 where the estimate is exact."""
+
+    @abstractmethod
+    def expected_relative_mse(self, q: Tensor, k: Tensor) -> Tensor:
+        """The closed form of E[(estimate / kernel − 1)²] over independent Gaussian rows: ``[P]``."""
+
+
+def extras_at(extras: dict[str, Tensor], token: int) -> dict[str, Tensor]:
+    """The extras of one token: those with three dimensions or more are cut, the others are given whole."""
+    return {name: x[:, :, token] if x.ndim >= 3 else x for name, x in extras.items()}
+
+
+def streaming_bytes(cell: Cell, extra_elements: float = 0) -> int:
+    """Least traffic of an operator that reads q, k, v and its extras once and writes o once, and of its backward.
+
+    Forward ``e·BHN(2D + 2M + X)``; the backward reads q, k, v, o, do and writes dq, dk, dv: ``e·BHN(4D + 4M + 2X)``.
+
+    Args:
+        cell: B, H, N, D, M, the pass and e, the bytes of an element.
+        extra_elements: X, elements of extras per token and head, counted in the cell's dtype.
     """
-    forward = cell.element_bytes * cell.batch * cell.heads * cell.length * 2 * (cell.head_dim + cell.value_dim)
+    per_token = 2 * (cell.head_dim + cell.value_dim) + extra_elements
+    forward = round(cell.element_bytes * cell.batch * cell.heads * cell.length * per_token)
     return forward * {"forward": 1, "backward": 2, "forward_backward": 3}[cell.pass_]

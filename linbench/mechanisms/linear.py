@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from linbench.mechanisms.additive import AdditiveState, chosen, visible
 from linbench.mechanisms.base import Description, Geometry
-from linbench.mechanisms.chunked import guarded
-from linbench.mechanisms.features import EluPlusOne, FeatureMap
+from linbench.mechanisms.claims import Claims
+from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
+from linbench.mechanisms.cores.chunked import guarded
+from linbench.mechanisms.cores.features import EluPlusOne, FeatureMap
 
 
 class Linear(AdditiveState):
@@ -27,7 +28,10 @@ class Linear(AdditiveState):
         paper="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
         arxiv="2006.16236",
         year=2020,
+        time="N",
+        memory="N",
     )
+    claims: ClassVar[Claims] = Claims(row_stochastic=True, permutation_equivariant=True, duplication_invariant=True)
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry, geometry.key_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linbench.cell import Cell
 from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
+from linbench.mechanisms.claims import Claims, Convergence, ExactLimit
 from linbench.mechanisms.softmax import attend, attention_flops
 
 
@@ -35,6 +36,7 @@ class Linformer(Mechanism):
         arxiv="2006.04768",
         year=2020,
     )
+    claims: ClassVar[Claims] = Claims(converges=Convergence("rank", (8, 32, 128), inputs="smooth"))
 
     def __init__(
         self,
@@ -46,6 +48,11 @@ class Linformer(Mechanism):
         self.rank = rank
         self.projection = projection
         self._last_gaussian: Tensor | None = None
+
+    @classmethod
+    def exact_limit(cls, length: int) -> ExactLimit:
+        """A block for every token."""
+        return ExactLimit({"rank": length, "projection": "pool"})
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
         """The formula with E as a matrix; see :meth:`Mechanism.reference`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,21 @@ from pydantic import Field
 from torch import Tensor
 
 from linbench.cell import Cell
-from linbench.mechanisms.banded import Band, banded_attention
+from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
-from linbench.mechanisms.softmax import attend, attention_flops, cache_bytes
+from linbench.mechanisms.claims import Claims, Convergence, ExactLimit
+from linbench.mechanisms.cores.banded import Band, banded_attention
+from linbench.mechanisms.softmax import append, attend, attend_one, attention_flops, cache_bytes, empty_cache
+
+
+@dataclass
+class Ring:
+    """What the next token may see: keys ``[B, H, ·, D]`` and values ``[B, H, ·, M]``."""
+
+    shared: tuple[Tensor, Tensor]
+    """Of the global tokens."""
+    recent: tuple[Tensor, Tensor]
+    """Of the last δ·window/2 tokens that are not global, the oldest first."""
 
 
 class Longformer(Mechanism):
@@ -35,6 +48,11 @@ class Longformer(Mechanism):
         paper="Longformer: The Long-Document Transformer",
         arxiv="2004.05150",
         year=2020,
+        time="N",
+        memory="N",
+    )
+    claims: ClassVar[Claims] = Claims(
+        row_stochastic=True, converges=Convergence("window", (16, 64, 128, 256), inputs="local")
     )
 
     def __init__(
@@ -90,6 +108,30 @@ class Longformer(Mechanism):
             output[every] = banded_attention(q[every], k[every], v[every], self.band, shared)
         return output
 
+    @classmethod
+    def exact_limit(cls, length: int) -> ExactLimit:
+        """A window from the first token to the last."""
+        return ExactLimit({"window": 2 * (length - 1)})
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Ring:
+        """No tokens."""
+        return Ring(*(empty_cache(self.geometry, batch, device, dtype) for _ in range(2)))
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Ring, **extras: Tensor) -> tuple[Tensor, Ring]:
+        """The token over the global ones and its window; the oldest of the ring makes room for it."""
+        if state.shared[0].shape[2] < self.global_tokens:  # a global token sees all before it, which are global too
+            shared = append(state.shared, k, v)
+            return attend_one(q, *shared), Ring(shared, state.recent)
+        recent = append(state.recent, k, v)
+        # every δ-th of the recent ones, counted back from the token itself, which is the last
+        first = (recent[0].shape[2] - 1) % self.dilation
+        keys, values = (
+            torch.cat((fixed, moving[:, :, first :: self.dilation]), 2)
+            for fixed, moving in zip(state.shared, recent, strict=True)
+        )
+        drop = max(recent[0].shape[2] - self.dilation * self.band.left, 0)
+        return attend_one(q, keys, values), Ring(state.shared, (recent[0][:, :, drop:], recent[1][:, :, drop:]))
+
     def pairs(self, length: int) -> int:
         """How many (query, key) pairs are visible among ``length`` tokens."""
         shared = min(self.global_tokens, length)
@@ -117,4 +159,4 @@ class Longformer(Mechanism):
 def _check_lengths(q: Tensor, k: Tensor) -> None:
     """A band is defined by positions in one sequence."""
     if q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"longformer needs as many keys as queries, got {k.shape[-2]} and {q.shape[-2]}")
+        raise UsageError(f"longformer needs as many keys as queries, got {k.shape[-2]} and {q.shape[-2]}")

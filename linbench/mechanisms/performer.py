@@ -9,13 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from linbench.mechanisms.additive import AdditiveState, chosen, visible
-from linbench.mechanisms.base import Description, Geometry
-from linbench.mechanisms.chunked import guarded
-from linbench.mechanisms.features import FeatureMap, PositiveRandomFeatures
+from linbench.mechanisms.base import Description, Geometry, KernelEstimator
+from linbench.mechanisms.claims import Claims, Convergence
+from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
+from linbench.mechanisms.cores.chunked import guarded
+from linbench.mechanisms.cores.features import FeatureMap, PositiveRandomFeatures
 
 
-class Performer(AdditiveState):
+class Performer(AdditiveState, KernelEstimator):
     """o_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j), where E[φ(q)·φ(k)] = exp(q·k/√D).
 
     φ_r(x) = m^-1/2 exp(w_r·x̃ − ‖x̃‖²/2), x̃ = D^-1/4 x (lemma 1). The projection is drawn once from the seed of the
@@ -39,6 +40,14 @@ class Performer(AdditiveState):
         paper="Rethinking Attention with Performers",
         arxiv="2009.14794",
         year=2020,
+        time="N",
+        memory="N",
+    )
+    claims: ClassVar[Claims] = Claims(
+        row_stochastic=True,
+        permutation_equivariant=True,
+        duplication_invariant=True,
+        converges=Convergence("features", (16, 64, 256, 1024), inputs_parameters={"sharpness": 0.25}),
     )
     projection: Tensor
     """fp64 ``[F, D]``: the rows w_r, followed by −w_r for the hyperbolic kernel."""
@@ -52,7 +61,7 @@ class Performer(AdditiveState):
         norms: Literal["chi", "constant"] = "chi",
     ) -> None:
         super().__init__(geometry, features * (2 if kernel == "hyperbolic" else 1))
-        self.projections = features
+        self.projections, self.hyperbolic = features, kernel == "hyperbolic"
         generator = torch.Generator().manual_seed(geometry.seed)
         rows = random_directions(features, geometry.key_dim, orthogonal, generator)
         rows = rows * row_norms(features, geometry.key_dim, norms, generator)
@@ -80,6 +89,20 @@ class Performer(AdditiveState):
         log_weight = log_weight - log_weight.amax(-1, keepdim=True)
         weights = (log_q - q_scale).exp() @ (log_k - k_scale).exp().mT * log_weight.exp()
         return torch.matmul(weights, v) / guarded(weights.sum(-1, keepdim=True))
+
+    def relative_kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        """Φ(q)·φ(k) / exp(q·k/√D), in the log domain."""
+        log_products = self.log_features(q) + self.log_features(k)
+        ratio: Tensor = (log_products.logsumexp(-1) - torch.linalg.vecdot(q, k) * q.shape[-1] ** -0.5).exp()
+        return ratio
+
+    def expected_relative_mse(self, q: Tensor, k: Tensor) -> Tensor:
+        """(e^s − 1)/m, or (cosh s − 1)/m for the hyperbolic kernel, with s = ‖q̃ + k̃‖² (lemma 2)."""
+        s = ((q + k) * q.shape[-1] ** -0.25).square().sum(-1)
+        # cosh s − 1 = 2 sinh²(s/2) keeps its digits at small s
+        excess = 2 * (s / 2).sinh().square() if self.hyperbolic else s.expm1()
+        expected: Tensor = excess / self.projections
+        return expected
 
     def feature_flops(self) -> int:
         """The projection of a query and a key."""

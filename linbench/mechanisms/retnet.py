@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from linbench.mechanisms.additive import AdditiveState, chosen, visible
 from linbench.mechanisms.base import Description, Geometry
-from linbench.mechanisms.features import FeatureMap, Identity
+from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
+from linbench.mechanisms.cores.features import FeatureMap, Identity
 
 
 class RetNet(AdditiveState):
@@ -31,6 +31,8 @@ class RetNet(AdditiveState):
         paper="Retentive Network: A Successor to Transformer for Large Language Models",
         arxiv="2307.08621",
         year=2023,
+        time="N",
+        memory="N",
     )
     normalised: ClassVar[bool] = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linbench.cell import Cell
 from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
+from linbench.mechanisms.claims import Claims, ExactLimit
 
 
 class Softmax(Mechanism):
@@ -28,7 +31,10 @@ class Softmax(Mechanism):
         paper="Attention Is All You Need",
         arxiv="1706.03762",
         year=2017,
+        time="N^2",
+        memory="N",
     )
+    claims: ClassVar[Claims] = Claims(row_stochastic=True, permutation_equivariant=True, duplication_invariant=True)
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -55,6 +61,22 @@ class Softmax(Mechanism):
         """The same with the backend that stores the probabilities."""
         with sdpa_kernel(SDPBackend.MATH):
             return self.forward_torch(q, k, v)
+
+    @classmethod
+    def exact_limit(cls, length: int) -> ExactLimit:
+        """Always."""
+        return ExactLimit()
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """No keys ``[B, H, 0, D]`` and no values ``[B, H, 0, M]``."""
+        return empty_cache(self.geometry, batch, device, dtype)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, Tensor], **extras: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The token's query over all keys so far: time and state grow with every token."""
+        cache = append(state, k, v)
+        return attend_one(q, *cache), cache
 
     @staticmethod
     def _visible(rows: Tensor, length: int, key_length: int) -> Tensor:
@@ -89,6 +111,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
     blind = ~visible.any(dim=-1, keepdim=True)
     probabilities = torch.softmax(logits.masked_fill(~(visible | blind), -torch.inf), dim=-1)
     return probabilities.masked_fill(blind, 0) @ v
+
+
+def append(cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, H, T, ·]`` and those of one more token, ``[B, H, ·]``."""
+    keys, values = cache
+    return torch.cat((keys, k[:, :, None]), 2), torch.cat((values, v[:, :, None]), 2)
+
+
+def attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One query over all keys: q ``[B, H, D]``, keys ``[B, H, T, D]``, values ``[B, H, T, M]`` -> ``[B, H, M]``.
+
+    Computed in fp32 at least and rounded once.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return attend(q[:, :, None].to(wide), keys.to(wide), values.to(wide)).squeeze(2).to(values.dtype)
+
+
+def empty_cache(geometry: Geometry, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys ``[B, H, 0, D]`` and values ``[B, H, 0, M]`` of no tokens."""
+    key, value = (
+        torch.empty(batch, geometry.heads, 0, width, device=device, dtype=dtype)
+        for width in (geometry.key_dim, geometry.value_dim)
+    )
+    return key, value
 
 
 def attention_flops(cell: Cell, pairs: int) -> int:

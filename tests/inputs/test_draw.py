@@ -97,7 +97,7 @@ def test_an_unknown_family_lists_the_known_ones():
         ("smooth", {"waves": 1.5}, "inputs.smooth.waves=1.5: .*parameters of smooth: sharpness, waves$"),
         ("clustered", {"clusters": 0}, "inputs.clustered.clusters=0: .*parameters of clustered: sharpness, clusters$"),
         ("local", {"width": -3}, "inputs.local.width=-3: .*parameters of local: sharpness, width$"),
-        ("minilm", {"layer": 1}, "inputs.minilm.layer=1: input should be 0, 3 or 5; parameters of minilm: layer$"),
+        ("minilm", {"layer": 1}, "minilm.layer=1: input should be 0, 3 or 5; parameters of minilm: layer, text$"),
     ],
 )
 @pytest.mark.parametrize("ask", [draw, unsupported])

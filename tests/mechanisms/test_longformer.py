@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linbench.cell import Cell
 from linbench.errors import UsageError
-from linbench.mechanisms import banded
+from linbench.mechanisms.cores import banded
 from linbench.registry import build
 
 # (N, window, global_tokens, dilation): blocks of 64 queries begin, end and straddle what they can
@@ -232,5 +232,5 @@ def test_what_a_band_cannot_be_is_named():
     with pytest.raises(UsageError, match=r"longformer\.window=3"):
         longformer(False, 3)
     q, k, v = operands(9)
-    with pytest.raises(ValueError, match="as many keys as queries"):
+    with pytest.raises(UsageError, match="as many keys as queries"):
         longformer(False, 4)(q[..., :8, :], k, v)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from linbench.mechanisms import slabs as slabs_module
-from linbench.mechanisms.chunked import ChunkedAttention, Operator, guarded
-from linbench.mechanisms.features import EluPlusOne, Identity, PositiveRandomFeatures
-from linbench.mechanisms.pooled import PooledAttention
-from linbench.mechanisms.slabs import Slab, decay_weights, head_groups, scan, scan_gradient, slabs, stable_weights
+from linbench.mechanisms.cores import slabs as slabs_module
+from linbench.mechanisms.cores.chunked import ChunkedAttention, Operator, guarded
+from linbench.mechanisms.cores.features import EluPlusOne, Identity, PositiveRandomFeatures
+from linbench.mechanisms.cores.pooled import PooledAttention
+from linbench.mechanisms.cores.slabs import Slab, decay_weights, head_groups, scan, scan_gradient, slabs, stable_weights
 
 
 def draw(*shape):
@@ -95,7 +95,7 @@ def test_result_does_not_depend_on_how_heads_and_tokens_are_cut(monkeypatch, bud
     expected = run()
     monkeypatch.setattr(slabs_module, "CORE_ELEMENTS", budget)
     if groups:  # all heads with several slabs each, as on a GPU, and groups of unequal size
-        monkeypatch.setattr("linbench.mechanisms.chunked.head_groups", lambda *_: groups)
+        monkeypatch.setattr("linbench.mechanisms.cores.chunked.head_groups", lambda *_: groups)
     for found, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
 
@@ -103,8 +103,8 @@ def test_result_does_not_depend_on_how_heads_and_tokens_are_cut(monkeypatch, bud
 @pytest.mark.parametrize("features", [EluPlusOne(), PositiveRandomFeatures(torch.eye(6, 5, dtype=torch.float64))])
 def test_queries_and_keys_may_differ_in_number_when_pooled(features):
     q, k, v = (x.requires_grad_() for x in (draw(2, 3, 5), draw(2, 7, 5), draw(2, 7, 4)))
-    assert PooledAttention.apply(q, k, v, features).shape == (2, 3, 4)
-    assert torch.autograd.gradcheck(lambda *x: PooledAttention.apply(*x, features), (q, k, v))
+    assert PooledAttention.apply(q, k, v, Operator(features, True)).shape == (2, 3, 4)
+    assert torch.autograd.gradcheck(lambda *x: PooledAttention.apply(*x, Operator(features, True)), (q, k, v))
 
 
 def test_a_row_without_weight_is_zero_and_not_nan():
@@ -113,7 +113,7 @@ def test_a_row_without_weight_is_zero_and_not_nan():
     v = torch.randn(1, 4, 3, requires_grad=True)
     for out in (
         ChunkedAttention.apply(q, q, v, Operator(EluPlusOne(), True)),
-        PooledAttention.apply(q, q, v, EluPlusOne()),
+        PooledAttention.apply(q, q, v, Operator(EluPlusOne(), True)),
     ):
         assert out.eq(0).all()
         assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, v)))

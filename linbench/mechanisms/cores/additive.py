@@ -11,7 +11,7 @@ from torch import Tensor
 from linbench.cell import Cell
 from linbench.errors import UsageError
 from linbench.mechanisms.base import Geometry, Mechanism, streaming_bytes
-from linbench.mechanisms.chunked import (
+from linbench.mechanisms.cores.chunked import (
     Checkpoint,
     ChunkedAttention,
     Operator,
@@ -19,9 +19,9 @@ from linbench.mechanisms.chunked import (
     guarded,
     with_ones,
 )
-from linbench.mechanisms.features import FeatureMap
-from linbench.mechanisms.pooled import PooledAttention
-from linbench.mechanisms.slabs import CHUNK
+from linbench.mechanisms.cores.features import FeatureMap
+from linbench.mechanisms.cores.pooled import PooledAttention
+from linbench.mechanisms.cores.slabs import CHUNK
 
 
 class AdditiveState(Mechanism):
@@ -32,6 +32,8 @@ class AdditiveState(Mechanism):
 
     normalised: ClassVar[bool] = True
     """Whether every row is divided by the sum of its weights."""
+    offset: ClassVar[float] = 0.0
+    """Added to that sum."""
 
     def __init__(self, geometry: Geometry, features: int) -> None:
         super().__init__(geometry)
@@ -41,6 +43,14 @@ class AdditiveState(Mechanism):
     @abstractmethod
     def feature_map(self, like: Tensor) -> FeatureMap:
         """φ on the device and in the dtype of ``like``."""
+
+    def prepared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """What φ is applied to, ``[B, H, N, ·]``, as wide as q and k at most: differentiable maps, learned ones too."""
+        return q, k
+
+    def feature_map_for(self, q: Tensor, k: Tensor) -> FeatureMap:
+        """φ for a call with these; :meth:`feature_map` where φ does not depend on the number of tokens."""
+        return self.feature_map(q.new_empty(0, dtype=compute_dtype(q)))
 
     def log_decay(self, device: torch.device) -> Tensor | None:
         """Logarithm of the decay per token, fp64 ``[H]``; None without decay."""
@@ -52,6 +62,16 @@ class AdditiveState(Mechanism):
         return 1.0
 
     @property
+    def chunk(self) -> int:
+        """C of the causal form."""
+        return CHUNK
+
+    @property
+    def pair_width(self) -> int:
+        """W: the width of the products inside a chunk: F, or D where φ has weights of pairs."""
+        return self.features
+
+    @property
     def value_columns(self) -> int:
         """E: M, and one more for the normaliser."""
         return self.geometry.value_dim + self.normalised
@@ -59,16 +79,18 @@ class AdditiveState(Mechanism):
     def forward_torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Chunks with a hand-written backward: memory linear in N, no ``[N, F]`` array of features."""
         self.check(q, k)
-        features = self.feature_map(q.new_empty(0, dtype=compute_dtype(q)))
+        features = self.feature_map_for(q, k)
+        q, k = self.prepared(q, k)
         heads = (x.flatten(0, 1) for x in (q, k, v))
         out: Tensor
         if self.causal:
             decay = self.log_decay(q.device)
             rates = None if decay is None else decay.repeat(q.shape[0])
-            operator = Operator(features, self.normalised, rates, self.scale)
+            operator = Operator(features, self.normalised, rates, self.scale, self.offset)
             out = ChunkedAttention.apply(*heads, operator)  # type: ignore[no-untyped-call]
         else:
-            out = PooledAttention.apply(*heads, features)  # type: ignore[no-untyped-call]
+            operator = Operator(features, self.normalised, offset=self.offset)
+            out = PooledAttention.apply(*heads, operator)  # type: ignore[no-untyped-call]
         return out.view(*q.shape[:2], *out.shape[1:])
 
     def check(self, q: Tensor, k: Tensor) -> None:
@@ -84,42 +106,58 @@ class AdditiveState(Mechanism):
         """The state before the first token: zeros ``[B, H, F, E]`` in fp32 or fp64."""
         dtype = torch.promote_types(dtype, torch.float32)
         sums = torch.zeros(batch, self.geometry.heads, self.features, self.value_columns, device=device, dtype=dtype)
-        _, log_scale = self.feature_map(sums).features(sums.new_zeros(1, self.geometry.key_dim))
-        return Checkpoint(sums, None if log_scale is None else sums.new_full(sums.shape[:2], -torch.inf))
+        scaled = self.feature_map(sums).scaled
+        return Checkpoint(sums, sums.new_full(sums.shape[:2], -torch.inf) if scaled else None)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint) -> tuple[Tensor, Checkpoint]:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint, **extras: Tensor) -> tuple[Tensor, Checkpoint]:
         """One token of the causal form: q, k ``[B, H, D]``, v ``[B, H, M]`` -> o ``[B, H, M]`` and the next state."""
+        return self.advance(q, k, v, state, features=self.feature_map(state.state))
+
+    def advance(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Checkpoint,
+        *,
+        features: FeatureMap,
+        entering: Tensor | None = None,
+    ) -> tuple[Tensor, Checkpoint]:
+        """The step with the feature map of its token, and with the weight ``[B, H, 1]`` of the token; None for one."""
         sums, largest = state.state, state.largest
-        features = self.feature_map(sums)
-        q_features, _ = features.features(q.to(sums.dtype))
-        k_features, log_scale = features.features(k.to(sums.dtype))
+        q, k = self.prepared(q[:, :, None].to(sums.dtype), k[:, :, None].to(sums.dtype))
+        q_features = features.features(q)[0].squeeze(2)
+        k_features, log_scale = features.features(k)
         values = v.to(sums.dtype)
         if self.normalised:
             values = with_ones(values)
+        if entering is not None:
+            values = values * entering
         if log_scale is not None and largest is not None:
+            log_scale = log_scale.squeeze(2)
             before, largest = largest, torch.maximum(largest, log_scale)
             sums = sums * (before - largest).exp()[..., None, None]
             values = values * (log_scale - largest).exp()[..., None]
         decay = self.log_decay(q.device)
         if decay is not None:
             sums = sums * decay.exp().to(sums.dtype)[:, None, None]
-        sums = sums + k_features[..., None] * values[..., None, :]
+        sums = torch.addcmul(sums, k_features.mT, values[..., None, :])
         out = (q_features[..., None, :] @ sums).squeeze(-2) * self.scale
         if self.normalised:
-            out = out[..., :-1] / guarded(out[..., -1:])
+            out = out[..., :-1] / guarded(out[..., -1:] + self.offset)
         return out.to(v.dtype), Checkpoint(sums, largest)
 
     def flops(self, cell: Cell) -> int:
         """Matrix products of the pass; exponentials and divisions are not counted.
 
-        Causal: chunks of C = at most :data:`CHUNK` tokens, 2C(F + E) + 4FE per token forward and C(6F + 4E) + 10FE
-        backward. Otherwise 4FE and 8FE. The backward computes the features anew.
+        Causal: chunks of at most C = :attr:`chunk` tokens, 2C(W + E) + 4FE per token forward and C(6W + 4E) + 10FE
+        backward, W being :attr:`pair_width`. Otherwise 4FE and 8FE. The backward computes the features anew.
         """
         forward, backward = 4 * self.features * self.value_columns, 8 * self.features * self.value_columns
         if cell.causal:
-            chunk = min(CHUNK, cell.length)
-            forward += 2 * chunk * (self.features + self.value_columns)
-            backward = chunk * (6 * self.features + 4 * self.value_columns) + 10 * self.features * self.value_columns
+            chunk, width = min(self.chunk, cell.length), self.pair_width
+            forward += 2 * chunk * (width + self.value_columns)
+            backward = chunk * (6 * width + 4 * self.value_columns) + 10 * self.features * self.value_columns
         forward += self.feature_flops()
         backward += 2 * self.feature_flops()
         per_token = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[cell.pass_]

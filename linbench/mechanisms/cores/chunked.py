@@ -1,6 +1,6 @@
 """Causal attention with an additive state, o_i = Σ_{j≤i} w_ij φ(q_i)·φ(k_j) v_j, in chunks that fit the cache.
 
-Letters as in :mod:`linbench.mechanisms.slabs`; E = M + 1 value columns when the rows are normalised (the last one is
+Letters as in :mod:`~linbench.mechanisms.cores.slabs`; E = M + 1 value columns when rows are normalised (the last one is
 all ones, so that the normaliser is one more output) and E = M otherwise.
 
 Within a chunk o = ((φ(Q)φ(K)ᵀ) ∘ intra) V; the past enters through the state S = Σ to_state_j φ(k_j)ᵀ v_j. Features
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linbench.mechanisms.features import FeatureMap
-from linbench.mechanisms.slabs import (
-    CHUNK,
+from linbench.mechanisms.cores.features import FeatureMap
+from linbench.mechanisms.cores.slabs import (
     Slab,
     Weights,
     decay_weights,
@@ -44,6 +43,8 @@ class Operator:
     """fp64 ``[G]``: the logarithm of the decay per token of every head."""
     scale: float = 1.0
     """Multiplies the weights of an operator with decay."""
+    offset: float = 0.0
+    """Added to the sum by which rows are divided."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Checkpoint:
 class Block:
     """The forward quantities of one slab, in the dtype of the computation."""
 
+    features: FeatureMap
+    """φ at the slab."""
     q: Tensor
     k: Tensor
     q_features: Tensor
@@ -69,6 +72,8 @@ class Block:
     v_to_state: Tensor
     """``v`` weighted for the state at the end of its chunk."""
     weights: Weights
+    products: Tensor | None
+    """``[P, C, C]``: q·kᵀ, where φ has weights of pairs."""
     scores: Tensor
     """``[P, C, C]``: the weights of values within the chunk."""
     states: Tensor
@@ -93,7 +98,7 @@ def guarded(normaliser: Tensor) -> Tensor:
     its relative precision, and leaves gradients a factor 1e7 of room below overflow.
     """
     limits = torch.finfo(normaliser.dtype)
-    return normaliser.masked_fill(normaliser < limits.tiny / limits.eps, torch.inf)
+    return normaliser.masked_fill(normaliser.abs() < limits.tiny / limits.eps, torch.inf)
 
 
 def add_product(total: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -133,13 +138,17 @@ def make_block(slab: Slab, inputs: tuple[Tensor, Tensor, Tensor], past: Checkpoi
     q, k, v = (slab.read(x, dtype) for x in inputs)
     if operator.normalised:
         v = with_ones(v)
-    q_features, _ = operator.features.features(q)
-    k_features, log_scale = operator.features.features(k)
+    features = operator.features.at(slab)
+    q_features, _ = features.features(q)
+    k_features, log_scale = features.features(k)
     weights, largest = weigh(slab, log_scale, past.largest, v)
-    scores = torch.bmm(q_features, k_features.mT).mul_(weights.intra)
+    products = torch.bmm(q, k.mT) if features.paired else None
+    scores = torch.bmm(q_features, k_features.mT) if products is None else features.pair_weights(products)
+    scores.mul_(weights.intra)
     v_to_state = times(v, weights.to_state)
     states, last = scan(weights.carry, past.state, torch.bmm(k_features.mT, v_to_state))
-    return Block(q, k, q_features, k_features, v, v_to_state, weights, scores, states, Checkpoint(last, largest))
+    after = Checkpoint(last, largest)
+    return Block(features, q, k, q_features, k_features, v, v_to_state, weights, products, scores, states, after)
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -158,12 +167,12 @@ class ChunkedAttention(torch.autograd.Function):
         for group in head_groups(heads, tokens, at_most):
             state = v.new_zeros(group.stop - group.start, features, value_dim + operator.normalised, dtype=dtype)
             past = Checkpoint(state, None)
-            for slab in slabs(group, tokens, CHUNK, at_most):
+            for slab in slabs(group, tokens, operator.features.chunk, at_most):
                 block = make_block(slab, (q, k, v), past, weigh)
                 output = torch.bmm(block.scores, block.v)
                 add_product(output, block.weights.from_state, block.q_features, block.states)
                 if operator.normalised:
-                    row_inverse = guarded(output[..., value_dim:]).reciprocal()
+                    row_inverse = guarded(output[..., value_dim:] + operator.offset).reciprocal()
                     slab.write(inverse, row_inverse)
                     output = output[..., :value_dim] * row_inverse
                 slab.write(out, output)
@@ -213,18 +222,24 @@ def block_gradient(
         grad: ``[P, C, E]``, of the unnormalised output.
         state_grad: ``[g, F, E]``, of the state after the slab.
     """
-    weights, features = block.weights, operator.features
+    weights, features = block.weights, block.features
     value_dim = block.v.shape[-1] - operator.normalised
     grad_from_state = times(grad, weights.from_state)
     added_grad, before_grad = scan_gradient(weights.carry, state_grad, torch.bmm(block.q_features.mT, grad_from_state))
     score_grad = torch.bmm(grad, block.v.mT).mul_(weights.intra)
-    q_grad = torch.bmm(score_grad, block.k_features).baddbmm_(grad_from_state, block.states.mT)
-    k_grad = torch.bmm(score_grad.mT, block.q_features).baddbmm_(block.v_to_state, added_grad.mT)
+    q_pair: Tensor | None = None
+    k_pair: Tensor | None = None
+    if block.products is None:
+        q_grad = torch.bmm(score_grad, block.k_features).baddbmm_(grad_from_state, block.states.mT)
+        k_grad = torch.bmm(score_grad.mT, block.q_features).baddbmm_(block.v_to_state, added_grad.mT)
+    else:
+        q_grad, k_grad = torch.bmm(grad_from_state, block.states.mT), torch.bmm(block.v_to_state, added_grad.mT)
+        product_grad = features.pair_gradient(block.products, score_grad)
+        q_pair, k_pair = torch.bmm(product_grad, block.k), torch.bmm(product_grad.mT, block.q)
     v_grad = torch.bmm(block.scores.mT, grad[..., :value_dim])
     add_product(v_grad, weights.to_state, block.k_features, added_grad[..., :value_dim])
-    return (
-        features.gradient(block.q, block.q_features, q_grad, of_keys=False),
-        features.gradient(block.k, block.k_features, k_grad, of_keys=True),
-        v_grad,
-        before_grad,
-    )
+    q_grad = features.gradient(block.q, block.q_features, q_grad, of_keys=False)
+    k_grad = features.gradient(block.k, block.k_features, k_grad, of_keys=True)
+    if q_pair is not None and k_pair is not None:
+        q_grad, k_grad = q_pair.add_(q_grad), k_pair.add_(k_grad)
+    return q_grad, k_grad, v_grad, before_grad

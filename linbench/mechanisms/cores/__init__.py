@@ -1,0 +1,1 @@
+"""What mechanisms share: feature maps, chunked, pooled, banded and segmented computation, each with its backward."""
