@@ -1,0 +1,248 @@
+"""Based: exact softmax in a small window, and its Taylor polynomial everywhere else (2402.18668)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from linbench.cell import Cell
+from linbench.errors import UsageError
+from linbench.mechanisms.base import Description, Geometry
+from linbench.mechanisms.claims import Claims, Convergence, ExactLimit
+from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
+from linbench.mechanisms.cores.chunked import ChunkedAttention, Operator, compute_dtype, guarded, with_ones
+from linbench.mechanisms.cores.features import FeatureMap
+from linbench.mechanisms.cores.monomials import Monomials, TaylorFeatures, taylor_chunk
+from linbench.mechanisms.cores.window import window_sums
+from linbench.mechanisms.softmax import attention_flops
+
+LARGEST = 1 << 16
+"""Features; a head of 64 value columns then has a state of 16 MiB in fp32."""
+
+
+@dataclass
+class WindowState:
+    """The keys that have left the window as sums, and those inside in a ring."""
+
+    sums: Tensor
+    """``[B, H, F, M + 1]``."""
+    keys: Tensor
+    """``[B, H, window, D]``."""
+    values: Tensor
+    """With a column of ones, ``[B, H, window, M + 1]``."""
+    tokens: int = 0
+    """So far; the next one goes to slot ``tokens mod window``."""
+
+
+class Based(AdditiveState):
+    """o_i = Σ_j w_ij v_j / Σ_j w_ij: w_ij = exp(q_i·k_j/√D) in the window, Σ_{n ≤ order} u_ij^n/n! outside of it.
+
+    u_ij = (P_q q_i)·(P_k k_j)/√d with d = ``feature_dim`` (section 4.1); i − window < j ≤ i is the window, and
+    |i − j| < window without a mask. The polynomial has C(d + order, order) distinct features: 153 for d = 16 and order
+    2. Of even order it is positive; of odd order a sum of weights may come near zero. No ε: rows sum to one.
+
+    The paper alternates layers of Taylor attention with layers of window attention. One operator has to join them, and
+    here they share the normaliser: near keys have their exact weight, far ones the approximate, so that a window of N
+    is softmax. ``window=0`` is the paper's Taylor layer. Its short convolutions are not part of the operator.
+
+    Args:
+        feature_dim: d. The paper's layers project to 16 numbers per head; here P_q and P_k are learned per head and
+            start as one random projection onto d orthonormal directions. None, or D and more: q and k as they are.
+        order: of the polynomial.
+        window: keys with exact weights, the query's own among them. The paper has 64 and 128.
+    """
+
+    description: ClassVar[Description] = Description(
+        summary="softmax in a window, 1 + u + u²/2 of u = q·k/√d outside, one normaliser",
+        kind="hybrid",
+        causal_forms=(False, True),
+        paper="Simple linear attention language models balance the recall-throughput tradeoff",
+        arxiv="2402.18668",
+        year=2024,
+        time="N",
+        memory="N",
+    )
+    claims: ClassVar[Claims] = Claims(
+        row_stochastic=True,
+        converges=Convergence(
+            "order",
+            (1, 2, 3, 4),
+            inputs_parameters={"sharpness": 0.5},
+            hyperparameters={"window": 0, "feature_dim": None},
+        ),
+    )
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        feature_dim: Annotated[int, Field(ge=1)] | None = 16,
+        order: Annotated[int, Field(ge=1, le=8)] = 2,
+        window: Annotated[int, Field(ge=0)] = 64,
+    ) -> None:
+        projected = feature_dim is not None and feature_dim < geometry.key_dim
+        width = feature_dim if projected and feature_dim is not None else geometry.key_dim
+        features = math.comb(width + order, order)
+        if features > LARGEST:
+            raise UsageError(f"based: {width} numbers have {features} monomials up to order {order}, over {LARGEST}")
+        super().__init__(geometry, features)
+        self.order, self.window = order, window
+        self.monomials = Monomials(width, 0, order)
+        self.query_projection: torch.nn.Parameter | None = None
+        self.key_projection: torch.nn.Parameter | None = None
+        if projected:
+            generator = torch.Generator().manual_seed(geometry.seed)
+            gaussian = torch.randn(geometry.heads, geometry.key_dim, width, dtype=torch.float64, generator=generator)
+            directions = torch.linalg.qr(gaussian)[0]
+            self.query_projection = torch.nn.Parameter(directions)
+            self.key_projection = torch.nn.Parameter(directions.clone())
+
+    def prepared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """What the polynomial is of: P_q q and P_k k ``[B, H, N, d]``."""
+        if self.query_projection is None or self.key_projection is None:
+            return q, k
+        dtype = compute_dtype(q)
+        return q.to(dtype) @ self.query_projection.to(dtype), k.to(dtype) @ self.key_projection.to(dtype)
+
+    def feature_map(self, like: Tensor) -> FeatureMap:
+        """The monomials."""
+        return TaylorFeatures(self.monomials)
+
+    @property
+    def chunk(self) -> int:
+        """Longer where the state is large."""
+        return taylor_chunk(self.features)
+
+    @property
+    def pair_width(self) -> int:
+        """The polynomial of products of width d."""
+        return self.monomials.variables
+
+    def forward_torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The window block by block, far keys in chunks, and one division."""
+        if self.window == 0:
+            return super().forward_torch(q, k, v)
+        self.check(q, k)
+        dtype = compute_dtype(q)
+        values = with_ones(v.to(dtype))
+        scaled = q.to(dtype) * self.geometry.key_dim**-0.5
+        near, reference = window_sums(scaled, k.to(dtype), values, self.window, causal=self.causal)
+        sums = joined(near, reference, self._far_sums(*self.prepared(q, k), values))
+        return (sums[..., :-1] / guarded(sums[..., -1:])).to(v.dtype)
+
+    def _far_sums(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Σ_j w_ij v_j over the keys outside the window, ``[B, H, N, E]``."""
+        sums = self._earlier_sums(q, k, v)
+        if self.causal:
+            return sums
+        # keys after the window are keys before it when both are read backwards from the same token
+        longest = max(q.shape[2], k.shape[2])
+        backwards = (F.pad(x, (0, 0, 0, longest - x.shape[2])).flip(2) for x in (q, k, v))
+        return sums + self._earlier_sums(*backwards).flip(2)[:, :, : q.shape[2]]
+
+    def _earlier_sums(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same over the keys j ≤ i − window: causal attention of later queries to earlier keys."""
+        length = q.shape[2] - self.window
+        if length <= 0:
+            return v.new_zeros(*q.shape[:3], v.shape[-1])
+        operator = Operator(self.feature_map(q), normalised=False)
+        # past the last key there are values of zero
+        late = [F.pad(x[:, :, :length], (0, 0, 0, max(length - x.shape[2], 0))) for x in (k, v)]
+        heads = (x.flatten(0, 1) for x in (q[:, :, self.window :], *late))
+        sums: Tensor = ChunkedAttention.apply(*heads, operator)  # type: ignore[no-untyped-call]
+        return F.pad(sums.view(*q.shape[:2], length, -1), (0, 0, self.window, 0))
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
+        """The weights of the given rows, in full, relative to the largest of the window."""
+        self.check(q, k)
+        positions = torch.arange(q.shape[2], device=q.device) if rows is None else rows
+        distance = positions[:, None] - torch.arange(k.shape[2], device=q.device)
+        near = (distance if self.causal else distance.abs()) < self.window
+        seen = visible(rows, q.shape[2], k.shape[2], q.device) if self.causal else torch.ones_like(near)
+        queries = chosen(q, rows)
+        x, y = self.prepared(queries, k)
+        u = x @ y.mT * self.monomials.variables**-0.5
+        polynomial = torch.stack([u**n / math.factorial(n) for n in range(self.order + 1)]).sum(0)
+        logits = (queries @ k.mT * self.geometry.key_dim**-0.5).masked_fill(~(near & seen), -torch.inf)
+        far = seen & ~near
+        largest = logits.detach().amax(-1, keepdim=True)
+        largest = torch.where(far.any(-1, keepdim=True), largest.clamp(min=0), largest)
+        weights = (logits - largest).exp() + polynomial * (-largest.clamp(min=0)).exp() * far
+        out: Tensor = weights @ v / guarded(weights.sum(-1, keepdim=True))
+        return out
+
+    @classmethod
+    def exact_limit(cls, length: int) -> ExactLimit:
+        """A window of everything."""
+        return ExactLimit({"window": length})
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """No token; without a window the sums."""
+        state = super().initial_state(batch, device, dtype)
+        if self.window == 0:
+            return state
+        ring = state.state.new_zeros(batch, self.geometry.heads, self.window, self.geometry.key_dim)
+        return WindowState(state.state, ring, ring.new_zeros(*ring.shape[:3], self.value_columns))
+
+    @torch.no_grad()
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, **extras: Tensor) -> tuple[Tensor, Any]:
+        """One token, without gradient: the key that leaves the window joins the sums."""
+        if self.window == 0:
+            out, after = super().step(q, k, v, state)
+            return out, after
+        dtype, slot = state.sums.dtype, slice(state.tokens % self.window, state.tokens % self.window + 1)
+        q, k = q[:, :, None].to(dtype), k[:, :, None].to(dtype)
+        features, (projected, leaving) = self.feature_map(state.sums), self.prepared(q, state.keys[:, :, slot])
+        if state.tokens >= self.window:
+            state.sums = state.sums + features.features(leaving)[0].mT @ state.values[:, :, slot]
+        state.keys[:, :, slot], state.values[:, :, slot] = k, with_ones(v[:, :, None].to(dtype))
+        state.tokens += 1
+        inside = slice(0, min(state.tokens, self.window))
+        logits = q @ state.keys[:, :, inside].mT * self.geometry.key_dim**-0.5
+        reference = logits.detach().amax(-1, keepdim=True)
+        near = (logits - reference).exp() @ state.values[:, :, inside]
+        sums = joined(near, reference, features.features(projected)[0] @ state.sums).squeeze(2)
+        return (sums[..., :-1] / guarded(sums[..., -1:])).to(v.dtype), state
+
+    def flops(self, cell: Cell) -> int:
+        """Exact pairs in the window, and far keys as :class:`AdditiveState`: in one direction or in both."""
+        if self.window == 0:
+            return super().flops(cell)
+        width = min(self.window, cell.length)
+        past = cell.length * width - width * (width - 1) // 2
+        near = attention_flops(cell, past if cell.causal else 2 * past - cell.length)
+        if cell.length <= self.window:
+            return near
+        far = super().flops(cell.model_copy(update={"length": cell.length - self.window, "causal": True}))
+        return near + far * (1 if cell.causal else 2)
+
+    def feature_flops(self) -> int:
+        """P_q q and P_k k."""
+        return 0 if self.query_projection is None else 4 * self.geometry.key_dim * self.monomials.variables
+
+    def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
+        """The sums, and the keys and values of the window (with their ones)."""
+        if not self.causal:
+            return None
+        ring = self.window * (self.geometry.key_dim + self.value_columns)
+        elements = self.features * self.value_columns + ring
+        return self.geometry.heads * elements * torch.promote_types(dtype, torch.float32).itemsize
+
+
+def joined(near: Tensor, reference: Tensor, far: Tensor) -> Tensor:
+    """``near · e^reference + far``, up to a positive factor per row that keeps both finite.
+
+    Args:
+        near: sums ``[..., E]`` relative to e^reference.
+        reference: ``[..., 1]``, without gradient.
+        far: sums, the last column being that of the weights.
+    """
+    total = far[..., -1:].detach()
+    largest = torch.maximum(reference, total.abs().log())
+    # where there is no far key, the factor could be infinite
+    return near * (reference - largest).exp() + far * (-largest).exp().masked_fill(total == 0, 0)
