@@ -1,0 +1,139 @@
+"""Log-linear attention: a decaying linear attention that keeps a state for every scale of the past (2506.04761)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from linbench.cell import Cell
+from linbench.mechanisms.base import Description, Gate, Geometry
+from linbench.mechanisms.cores.chunked import compute_dtype
+from linbench.mechanisms.cores.fenwick import fenwick_attention, levels_of
+from linbench.mechanisms.cores.recurrence import CausalOnly
+from linbench.mechanisms.cores.slabs import CHUNK
+from linbench.mechanisms.gated_deltanet import DecayGate
+
+
+class Levels(NamedTuple):
+    """The states after some tokens."""
+
+    tokens: int
+    states: dict[int, Tensor]
+    """By level, ``[B, H, D, M]`` each; only those that hold something."""
+
+
+class LogLinear(CausalOnly):
+    """o_i = Σ_{j≤i} λ_{i, ℓ(i,j)} exp(Σ_{j<t≤i} log_decay_t) (q_i·k_j) v_j, on the scalar decay of Mamba-2.
+
+    ℓ(i, i) = 0 and ℓ(i, j) = bit_length(i xor j): the levels of a Fenwick tree, in which query i sees its past as
+    popcount(i) runs of tokens and itself. With λ = 1 it is Mamba-2's attention without its step size and skip: give v
+    multiplied by Δ, and log_decay = ΔA. There is no scale and no normaliser.
+
+    Extras: ``log_decay`` ≤ 0 ``[B, H, N]``, kept in fp32 at least, and ``level_weights`` λ ``[B, H, N, levels]``, which
+    a layer makes as softplus of a projection of its input.
+
+    Args:
+        levels: of λ. All is distinguished in 2^(levels − 1) tokens; pairs farther apart than that share the last level,
+            and so does their state.
+    """
+
+    description: ClassVar[Description] = Description(
+        summary="(qkᵀ ∘ decay ∘ λ_i,level(i,j))v: a state for every level of a Fenwick tree of the past",
+        kind="replacement",
+        causal_forms=(True,),
+        paper="Log-Linear Attention",
+        arxiv="2506.04761",
+        year=2025,
+        time="N log N",
+    )
+
+    def __init__(self, geometry: Geometry, levels: Annotated[int, Field(ge=1, le=40)] = 17) -> None:
+        super().__init__(geometry)
+        self.levels = levels
+        self.log_decay = DecayGate(geometry.heads, 1, 1.0, geometry.seed)
+
+    def gates(self) -> dict[str, Gate]:
+        """``log_decay`` as Mamba-2 starts with it, and ``level_weights``."""
+        return {
+            "log_decay": Gate(lambda raw: self.log_decay(raw[..., None])[..., 0], precise=True),
+            "level_weights": Gate(torch.nn.functional.softplus, width=self.levels),
+        }
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
+        """Rows of ((Q Kᵀ) ∘ decay ∘ Λ) V, with λ looked up for every pair."""
+        self.check(q, k, extras)
+        log_decay, weights = extras["log_decay"], extras["level_weights"]
+        dtype = compute_dtype(v)
+        positions = torch.arange(q.shape[2], device=q.device) if rows is None else rows
+        keys = torch.arange(k.shape[2], device=k.device)
+        until = log_decay.double().cumsum(-1)
+        future = keys > positions[:, None]
+        decays = (until[:, :, positions, None] - until[:, :, None]).masked_fill(future, -torch.inf).exp().to(dtype)
+        level = levels_of(positions, keys).clamp(max=self.levels - 1)
+        chosen = weights[:, :, positions].to(dtype)
+        pairs = chosen.gather(-1, level.expand(*q.shape[:2], *level.shape))
+        scores = q[:, :, positions].to(dtype) @ k.to(dtype).mT
+        return ((scores * decays * pairs) @ v.to(dtype)).to(v.dtype)
+
+    def forward_torch(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """Chunks, and a tree of states above them; see :mod:`~linbench.mechanisms.cores.fenwick`."""
+        self.check(q, k, extras)
+        log_decay, weights = extras["log_decay"], extras["level_weights"]
+        dtype = compute_dtype(v)
+        return fenwick_attention(q.to(dtype), k.to(dtype), v, log_decay, weights.to(dtype))
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Levels:
+        """Nothing."""
+        return Levels(0, {})
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Levels, **extras: Tensor) -> tuple[Tensor, Levels]:
+        """Merge the levels that the position completes, decay all of them, and read each with its weight."""
+        dtype = compute_dtype(v)
+        position, states = state.tokens, dict(state.states)
+        if position:
+            merged = min((position & -position).bit_length(), self.levels - 1)
+            lower = [states.pop(level) for level in sorted(states) if level <= merged]
+            states[merged] = torch.stack(lower).sum(0)
+        decay = extras["log_decay"].to(dtype).exp()[..., None, None]
+        states = {level: past * decay for level, past in states.items()}
+        new = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]
+        states[0] = states[0] + new if 0 in states else new
+        weights = extras["level_weights"].to(dtype)
+        read = torch.stack([weights[..., level, None, None] * past for level, past in states.items()]).sum(0)
+        out = (q.to(dtype)[..., None, :] @ read).squeeze(-2)
+        return out.to(v.dtype), Levels(position + 1, states)
+
+    def flops(self, cell: Cell) -> int:
+        """Matrix products: pairs inside chunks, a state per chunk, and one read for every set bit of a chunk's number.
+
+        With p such bits on average, forward 2C(D + M) + (2 + 2p)DM per token, and backward, which computes the states
+        anew, C(6D + 4M) + (6 + 4p)DM.
+        """
+        chunk, key_dim, value_dim = min(CHUNK, cell.length), cell.head_dim, cell.value_dim
+        reads, chunks = set_bits(-(-cell.length // CHUNK)) * chunk, cell.length
+        state = key_dim * value_dim
+        forward = chunks * (2 * chunk * (key_dim + value_dim) + 2 * state) + 2 * reads * state
+        backward = chunks * (chunk * (6 * key_dim + 4 * value_dim) + 6 * state) + 4 * reads * state
+        total = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[cell.pass_]
+        return cell.batch * cell.heads * total
+
+    def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
+        """One state of D × M per head for the last token and for every set bit of its position."""
+        if not self.causal:
+            return None
+        last = max(length - 1, 0)
+        levels = {0, *(min(bit + 1, self.levels - 1) for bit in range(last.bit_length()) if last >> bit & 1)}
+        element = torch.promote_types(dtype, torch.float32).itemsize
+        return len(levels) * self.geometry.heads * self.geometry.key_dim * self.geometry.value_dim * element
+
+
+def set_bits(count: int) -> int:
+    """Bits that are set in the numbers below ``count``, in all."""
+    total = 0
+    for bit in range(count.bit_length()):
+        whole, rest = divmod(count, 2 << bit)
+        total += (whole << bit) + max(rest - (1 << bit), 0)
+    return total
