@@ -12,6 +12,8 @@ from matplotlib.collections import LineCollection
 from linbench.record import Status
 from linbench.report.axes import Scale, bare, length_axis, value_axis
 from linbench.report.crossover import Crossover
+from linbench.report.labels import CROWDED, MARGIN_POINTS, crowded_height, label_ends
+from linbench.report.panel import HEIGHT_POINTS, Panel
 from linbench.report.pareto import Trade
 from linbench.report.points import Point, Series
 from linbench.report.style import INK, MUTED, PAPER, Style
@@ -67,16 +69,36 @@ class Lines:
         value_axis(axes, "y", self.scale, self.strip)
         if self.trivial:
             _draw_trivial(axes, self.points, self.scale)
-        bars, colours = [], []
+        bars, colours, ends = [], [], {}
         for series, own in _by_series(self.points).items():
             style = self.look.styles[series]
             known = [(point.length, estimate) for point in own if (estimate := self.value(point))]
             bars += [[(x, self.scale.at(e.low)), (x, self.scale.at(e.high))] for x, e in known]
             colours += [style.colour] * len(known)
+            if known:
+                ends[series] = (known[-1][0], self.scale.at(known[-1][1].value))
             axes.plot([x for x, _ in known], [self.scale.at(e.value) for _, e in known], **line_options(style))
         # all intervals at once: a collection for each series is what most of the time would go into
         axes.add_collection(LineCollection(bars, colors=colours, linewidths=1.0), autolim=False)
         _draw_failures(axes, self)
+        if self.crowded:
+            label_ends(axes, ends, self.look.names, self.look.styles)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the lines are too many to be told apart by a legend."""
+        return self.count > CROWDED
+
+    @property
+    def count(self) -> int:
+        """Lines with a value."""
+        return len({point.series for point in self.points if self.value(point)})
+
+    def panel(self, title: str) -> Panel:
+        """The panel that these lines need: wider on the right and higher where they carry their names."""
+        if not self.crowded:
+            return Panel(title, self.draw)
+        return Panel(title, self.draw, crowded_height(self.count, HEIGHT_POINTS), right=MARGIN_POINTS)
 
 
 def _draw_trivial(axes: Axes, points: Sequence[Point], scale: Scale) -> None:
@@ -114,6 +136,9 @@ def draw_trade(axes: Axes, trade: Trade, look: Look, speed: Scale, error: Scale)
                 axes.hlines([y], [speed.at(latency.low)], [speed.at(latency.high)], colors=style.colour, linewidth=0.9)
             options = line_options(style) | {"linestyle": "none", "markersize": 8}
             axes.plot([x], [y], alpha=1.0 if is_error else 0.45, **options)
+            if len(trade.points) > CROWDED and point in trade.front:
+                offset: dict[str, Any] = {"xytext": (6, 5), "textcoords": "offset points"}
+                axes.annotate(look.names[point.series], (x, y), fontsize=8, color=INK, **offset)
 
 
 def draw_crossovers(axes: Axes, found: Sequence[Crossover], look: Look, lengths: Sequence[int]) -> None:

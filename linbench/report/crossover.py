@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from linbench.record import Status
 from linbench.report.points import EXACT, Point, Series, Setting
 from linbench.report.units import tokens
 from linbench.stats import Estimate, ratio_of_medians
@@ -83,7 +84,10 @@ def fastest_exact(points: Sequence[Point]) -> dict[int, Point]:
 
 
 def crossovers(points: Sequence[Point]) -> list[Crossover]:
-    """One for each series of one setting that is not exact attention itself; none where that was never timed."""
+    """One for each series of one setting that is not exact attention itself; none where that was never timed.
+
+    A series without such a form (causal, say) at all is no answer to the question, and left out.
+    """
     exact = fastest_exact(points)
     if not exact:
         return []
@@ -91,7 +95,8 @@ def crossovers(points: Sequence[Point]) -> list[Crossover]:
     for point in points:
         if point.series.mechanism != EXACT:
             by_series.setdefault(point.series, []).append(point)
-    return [_crossover(own, exact) for own in by_series.values()]
+    there = [own for own in by_series.values() if any(point.status is not Status.UNSUPPORTED for point in own)]
+    return [_crossover(own, exact) for own in there]
 
 
 def _crossover(points: list[Point], exact: dict[int, Point]) -> Crossover:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 
 from linbench.report.charts import Look, line_options
+from linbench.report.panel import Panel
 from linbench.report.points import Series
 from linbench.report.style import INK, PAPER, VARIABLES, Style
 
 WIDTH_POINTS = 360.0
 """Width of a panel: on a phone of 390 px it is shown at about this size, so that text stays legible."""
-HEIGHT_POINTS = 262.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 16.0, 8.0, 24.0
+_TOP, _BOTTOM = 8.0, 24.0
 _TITLE_POINTS = 22.0
 _LEGEND_POINTS = 15.0
 _DPI = 110
@@ -37,18 +36,6 @@ _SETTINGS: dict[Any, Any] = {
     "font.size": 9.5,
     "path.simplify": False,
 }
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes."""
-
-    title: str
-    draw: Callable[[Axes], None]
-    height: float = HEIGHT_POINTS
-    """Points, margins included."""
-    left: float = _LEFT
-    """Points of the left margin."""
 
 
 def panel_svg(panel: Panel, identity: str) -> Markup:
@@ -111,7 +98,7 @@ def _axes(figure: Figure, panel: Panel, left: float, bottom: float) -> Axes:
     box = (
         (left + panel.left) / width,
         (bottom + _BOTTOM) / total,
-        (WIDTH_POINTS - panel.left - _RIGHT) / width,
+        (WIDTH_POINTS - panel.left - panel.right) / width,
         (panel.height - _BOTTOM - _TOP) / total,
     )
     return figure.add_axes(box)

@@ -9,8 +9,8 @@ from functools import partial
 from linbench.report.axes import Quantity, Scale, make_error_scale, make_scale
 from linbench.report.charts import ROW_POINTS, Lines, Look, Value, draw_crossovers, draw_trade, failing, strip_height
 from linbench.report.crossover import Crossover
-from linbench.report.drawing import Panel
 from linbench.report.names import listing, series_names, setting_names
+from linbench.report.panel import Panel
 from linbench.report.pareto import Trade, common_length, trades
 from linbench.report.points import EXACT, Point, Points, Series, Setting
 from linbench.report.style import make_styles
@@ -104,7 +104,7 @@ def _line_panels(points: Points, look: Look, value: Value, quantity: Quantity) -
     for setting, name, group in groups:
         shared = [other for s, _, other in groups if (s.machine, s.device) == (setting.machine, setting.device)]
         lines = Lines(group, value, look, *_shared(shared, value, quantity))
-        panels.append(Panel(name, lines.draw))
+        panels.append(lines.panel(name))
     return panels
 
 
@@ -136,7 +136,7 @@ def _error(points: Points, look: Look) -> Chart:
     for title, group in groups.items():
         _, lengths, strip = _shared([group], lambda point: point.relative_error, "error")
         lines = Lines(group, lambda p: p.relative_error, look, _error_scale(group), lengths, strip, trivial=True)
-        panels.append(Panel(title, lines.draw))
+        panels.append(lines.panel(title))
     shown = _shown((point for group in groups.values() for point in group), lambda point: point.relative_error)
     return Chart("error", "Error over length", notes, panels, shown)
 

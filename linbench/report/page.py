@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from linbench.record import Record, Run
 from linbench.report.answers import make_answers, summary
@@ -19,12 +20,16 @@ from linbench.report.drawing import panel_svg, save_png, swatch_symbol
 from linbench.report.failures import make_failures
 from linbench.report.figures import Chart, make_charts, make_look
 from linbench.report.frame import records_frame
+from linbench.report.growth import growth_section
 from linbench.report.league import make_leagues
+from linbench.report.papers import paper_sections
 from linbench.report.points import make_points
 from linbench.report.provenance import make_provenance
+from linbench.report.sections import fit_section, rank_section, target_section
 from linbench.report.style import DARK, VARIABLES
 
 FIGURES = "figures"
+SECTIONS = (growth_section, target_section, fit_section, rank_section)
 SLUGS = ("latency", "memory", "error", "pareto", "crossover")
 
 
@@ -68,6 +73,7 @@ def _content(records: Sequence[Record], runs: Sequence[Run], title: str) -> tupl
         "superseded": len(points.superseded),
         "charts": charts,
         "leagues": make_leagues(points),
+        "sections": [*paper_sections(points), *(section for make in SECTIONS if (section := make(points)))],
         "look": look,
         "symbols": {series: f"s{index}" for index, series in enumerate(points.series)},
         "failures": make_failures(records, runs),
@@ -115,7 +121,7 @@ def _markdown_text(value: object) -> Markup:
     """Text in which nothing is HTML or Markdown, on one line, so that it also fits a cell of a table."""
     if isinstance(value, Markup):
         return value
-    text = str(escape(" ".join(str(value).split())))
+    text = escape(" ".join(str(value).split()), quote=False)
     return Markup("".join(f"\\{character}" if character in "\\`*_[]|#~$" else character for character in text))
 
 

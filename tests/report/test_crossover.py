@@ -88,3 +88,10 @@ def test_a_single_sample_decides_nothing(record):
 def test_bracket_ignores_the_order_of_its_lengths():
     slower, faster = (Estimate(1.0, low, high, 0.95, 9, 1.0) for low, high in ((1.5, 2.0), (0.2, 0.5)))
     assert bracket({4096: faster, 1024: slower, 2048: slower}) == ("bracket", 2048, 4096)
+
+
+def test_mechanism_without_such_a_form_is_no_answer(record):
+    exact = [record("softmax", length, ms=10.0) for length in (256, 512)]
+    missing = [record("linear", length, status="unsupported") for length in (256, 512)]
+    points = make_points([*exact, *missing], [])
+    assert [crossovers(group) for group in points.by_setting.values()] == [[]]

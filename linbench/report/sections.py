@@ -1,0 +1,116 @@
+"""Sections of plain tables that a report has only where its records fill them: growth, targets, fits, ranks, papers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from linbench.record import Block, Error, Fit, Record, Structure
+from linbench.report.names import setting_names, variant_names
+from linbench.report.points import Point, Points
+from linbench.report.units import MISSING, error, skill, tokens
+
+Kind = TypeVar("Kind", bound=Block)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text: the first column names the rows, the others are numbers ready to be shown."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what is to be known before reading, and tables."""
+
+    slug: str
+    heading: str
+    notes: list[str]
+    grids: list[Grid] = field(default_factory=list)
+
+
+def target_section(points: Points) -> Section | None:
+    """Errors against what a mechanism approximates, where that is not softmax of the same q and k."""
+
+    def row(block: Error) -> list[str]:
+        if block.target_error is None or block.target_trivial_error is None:
+            return []
+        gained = 1 - block.target_error / block.target_trivial_error if block.target_trivial_error else None
+        own = [error(block.target_error), skill(gained) if gained is not None else MISSING]
+        return [*own, error(block.relative_error)]
+
+    grids = _grids(points, lambda record: record.error, row, ["Error, own target", "Skill, own target", "Softmax"])
+    notes = [
+        "Some mechanisms approximate another operator than softmax of q·kᵀ/√D: the first two columns judge them "
+        "against that, as their documentation defines it, the last one against softmax."
+    ]
+    return Section("targets", "Against their own target", notes, grids) if grids else None
+
+
+def fit_section(points: Points) -> Section | None:
+    """Errors before and after fitting."""
+
+    def row(block: Fit) -> list[str]:
+        skills = [skill(value) if value is not None else MISSING for value in (block.initial_skill, block.fitted_skill)]
+        return [error(block.initial_error), error(block.fitted_error), *skills, f"{block.parameters:,}"]
+
+    columns = ["Error as initialised", "Error after fitting", "Skill as initialised", "Skill after fitting", "Fitted"]
+    grids = _grids(points, lambda record: record.fit, row, columns)
+    notes = [
+        "Projections of q, k, v and the output, gates and the mechanism's own parameters were fitted to exact softmax "
+        "on other draws of the same inputs; the draw that judges was not seen. “Fitted” counts the numbers learned. "
+        "Before the first step the projections are identities and the gates half-way open."
+    ]
+    return Section("fits", "After fitting", notes, grids) if grids else None
+
+
+def rank_section(points: Points) -> Section | None:
+    """Ranks of outputs beside those of exact softmax."""
+
+    def row(block: Structure) -> list[str]:
+        ranks = (block.output_effective_rank, block.output_numerical_rank)
+        exact = (block.exact_effective_rank, block.exact_numerical_rank)
+        return [*(f"{value:.1f}" for value in (*ranks, *exact)), str(block.largest_rank)]
+
+    columns = ["Effective rank", "Numerical rank", "Softmax, effective", "Softmax, numerical", "Largest possible"]
+    grids = _grids(points, lambda record: record.structure, row, columns)
+    notes = [
+        "Of the output of a head, mean over heads. The effective rank is exp of the entropy of the singular values; "
+        "the numerical rank counts those above one hundredth of the largest."
+    ]
+    return Section("ranks", "Rank of the output", notes, grids) if grids else None
+
+
+def _grids(
+    points: Points,
+    block: Callable[[Record], Kind | None],
+    row: Callable[[Kind], list[str]],
+    columns: list[str],
+) -> list[Grid]:
+    """One grid for each setting, family of inputs and length in which some record has the block."""
+    names, settings = variant_names(points.series), setting_names(points.settings)
+    grouped: dict[tuple[int, str, int], list[Point]] = {}
+    for point in points.by_inputs:
+        key = (points.settings.index(point.setting), point.inputs or "", point.length)
+        grouped.setdefault(key, []).append(point)
+    grids = []
+    for (setting, inputs, length), group in sorted(grouped.items()):
+        ordered = sorted(group, key=lambda point: point.series.order)
+        filled = [(names[point.series], _cells(point, block, row)) for point in ordered]
+        rows = [[name, *cells] for name, cells in filled if cells]
+        if rows:
+            caption = f"{settings[points.settings[setting]]}, {inputs} inputs, {tokens(length)} tokens"
+            grids.append(Grid(caption, ["Mechanism", *columns], rows))
+    return grids
+
+
+def _cells(point: Point, block: Callable[[Record], Kind | None], row: Callable[[Kind], list[str]]) -> list[str]:
+    for record in point.measured:
+        found = block(record)
+        if found is not None:
+            return row(found)
+    return []

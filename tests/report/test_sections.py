@@ -1,0 +1,114 @@
+"""Growth, targets, fits, ranks and papers: right numbers where there are any, no section where there are none."""
+
+import math
+
+import pytest
+
+from linbench.record import Cost, Fit, Kernel, Structure
+from linbench.report import write_report
+from linbench.report.growth import claimed_exponent, fitted_exponent, growth_section
+from linbench.report.papers import PAPERS, paper_sections
+from linbench.report.points import make_points
+from linbench.report.sections import fit_section, rank_section, target_section
+
+FIT = Fit(
+    protocol=1, steps=3, learning_rate=0.1, parameters=1234, own_parameters=5, first_loss=1.0, last_loss=0.5,
+    initial_error=0.5, initial_skill=0.25, fitted_error=0.125, fitted_skill=0.875, trivial_error=1.0,
+)  # fmt: skip
+STRUCTURE = Structure(
+    protocol=1, rows=9, rows_total=9, largest_rank=8, output_effective_rank=2.5, output_numerical_rank=3.0,
+    exact_effective_rank=7.5, exact_numerical_rank=8.0,
+)  # fmt: skip
+
+
+def points(records, runs=()):
+    return make_points(records, list(runs))
+
+
+def test_exponent_of_a_power_is_its_power():
+    lengths = [64, 1024, 2048, 4096, 8192, 16384]
+    found = fitted_exponent(lengths, [3e-9 * n**1.5 for n in lengths])
+    assert found.value == pytest.approx(1.5)
+    assert (found.low, found.high) == (pytest.approx(1.5), pytest.approx(1.5))
+    assert (found.first, found.last) == (1024, 16384)  # 64 is too far below the longest
+
+
+def test_no_exponent_of_two_lengths_or_of_nothing_used():
+    assert fitted_exponent([1024, 2048], [1.0, 2.0]) is None
+    assert fitted_exponent([1024, 2048, 4096], [0.0, 1.0, 2.0]) is None
+
+
+def test_n_log_n_claims_a_little_more_than_one():
+    expected = math.log(4096 * math.log(4096) / (1024 * math.log(1024))) / math.log(4)
+    assert claimed_exponent("N log N", 1024, 4096) == pytest.approx(expected)
+    assert claimed_exponent("N^2", 1024, 4096) == 2
+
+
+def test_growth_stands_beside_its_claim(record):
+    cost = Cost(flops=1, min_bytes=1, claimed_time="N log N", claimed_memory="N")
+    records = [
+        record("hyena", n, ms=n * 1e-3, increment_bytes=4 * n).model_copy(update={"cost": cost})
+        for n in (1024, 2048, 4096, 8192)
+    ]
+    (grid,) = growth_section(points(records)).grids
+    (row,) = grid.rows
+    assert row[0] == "hyena"
+    assert row[2].startswith("1.00 [")
+    assert row[3].startswith("N log N (1.1")
+    assert row[4:] == ["1.00 [1.00, 1.00]", "N", "1k to 8k"]
+
+
+def test_sections_show_their_blocks_and_are_absent_without_them(record):
+    plain = record("linear", 64)
+    for section in (growth_section, target_section, fit_section, rank_section):
+        assert section(points([plain])) is None
+    assert paper_sections(points([plain])) == []
+    error = plain.error.model_copy(update={"target_error": 0.2, "target_trivial_error": 0.8})
+    full = plain.model_copy(update={"fit": FIT, "structure": STRUCTURE, "error": error})
+    assert fit_section(points([full])).grids[0].rows == [["linear", "0.500", "0.125", "0.250", "0.875", "1,234"]]
+    assert rank_section(points([full])).grids[0].rows == [["linear", "2.5", "3.0", "7.5", "8.0", "8"]]
+    assert target_section(points([full])).grids[0].rows == [["linear", "0.200", "0.750", "0.300"]]
+
+
+def paper_records(record):
+    def run(name):
+        return {"run": f"20260101T000000Z-{name}-0000"}
+
+    speed = [
+        record("softmax", 2048, ms=26.0, **run("paper_linformer")),
+        record("linformer", 2048, ms=10.0, hyperparameters={"rank": 128}, **run("paper_linformer")),
+        record("softmax", 512, ms=8.0, **run("paper_nystrom")),
+        record("nystrom", 512, ms=7.0, hyperparameters={"landmarks": 64}, **run("paper_nystrom")),
+    ]
+    kernel = Kernel(protocol=1, pairs=3, draws=4, relative_mse=0.01, expected_relative_mse=0.02)
+    variant = {"features": 16, "kernel": "positive", "orthogonal": True}
+    performer = record("performer", 64, hyperparameters=variant, **run("paper_performer"))
+    reformer = record("reformer", 64, hyperparameters={"rounds": 4}, **run("paper_reformer"))
+    error = reformer.error.model_copy(update={"target_error": 0.25, "target_trivial_error": 0.8})
+    return [
+        *speed,
+        performer.model_copy(update={"kernel": kernel}),
+        reformer.model_copy(update={"error": error}),
+        record("based", 64, hyperparameters={"order": 2}, **run("paper_based")),
+        record("rala", 64, **run("paper_rala")).model_copy(update={"structure": STRUCTURE}),
+    ]
+
+
+def test_ours_stands_beside_what_the_paper_printed(record):
+    sections = {section.slug: section for section in paper_sections(points(paper_records(record)))}
+    assert set(sections) == {paper.sweep for paper in PAPERS}
+    assert sections["paper_linformer"].grids[0].rows == [["2k", "2.60× / 2.60×"]]
+    assert sections["paper_nystrom"].grids[0].rows[0][3] == "0.875× / 0.875×"
+    assert sections["paper_performer"].grids[1].rows == [["16", "0.0100 / 0.0200"]]
+    assert sections["paper_reformer"].grids[0].rows == [["4", "0.250", "92.5 %", "99.9 %", "99.9 %", "99.6 %"]]
+    assert sections["paper_based"].grids[0].rows == [["2", "0.300"]]
+    assert sections["paper_rala"].grids[0].rows[0][2:4] == ["2.5", "3.0"]
+
+
+def test_both_pages_carry_the_sections(record, tmp_path):
+    folder = write_report(paper_records(record), [], tmp_path, "papers").parent
+    for name in ("index.html", "report.md"):
+        text = (folder / name).read_text()
+        for paper in PAPERS:
+            assert paper.heading in text
+        assert "2.60× / 2.60×" in text
