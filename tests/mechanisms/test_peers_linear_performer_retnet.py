@@ -1,5 +1,6 @@
 """Agreement with other people's linear attention, Performer and retention, and where they are known to differ."""
 
+import types
 import warnings
 
 import pytest
@@ -59,6 +60,24 @@ def test_naive_retention_of_fla_overflows_where_ours_does_not():
     retention = ours("retnet", q, v, True)
     exact = retention.reference(q.double(), k.double(), v.double())
     assert (retention(q, k, v) - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_retnet_agrees_with_torchscale_after_the_norm_that_follows():
+    """Its score normalisers (eq. 7) divide a whole row, and the norm of every head divides them away again."""
+    module = pytest.importorskip("torchscale.component.multiscale_retention", exc_type=ImportError)
+    q, k, v = draw(torch.float64)
+    heads, tokens, value_dim = v.shape[1:]
+    options = types.SimpleNamespace(multiway=False, layernorm_eps=0.0)
+    peer = module.MultiScaleRetention(options, heads * q.shape[-1], heads * value_dim, heads)
+    token = torch.arange(tokens)
+    gamma = 1 - torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float64))
+    mask = gamma[:, None, None] ** (token[:, None] - token).clamp(min=0) * (token[:, None] >= token)
+    mask = mask / mask.sum(-1, keepdim=True).sqrt()
+    values = v.transpose(1, 2).reshape(len(v), tokens, heads * value_dim)
+    theirs = peer.parallel_forward(q, k * peer.scaling, values, mask)
+    mine = ours("retnet", q, v, True)(q, k, v).transpose(1, 2)
+    assert not torch.allclose(mine, theirs)
+    torch.testing.assert_close(peer.group_norm(mine), peer.group_norm(theirs), rtol=1e-6, atol=1e-6)  # it norms in fp32
 
 
 def without_epsilon(attention, q, k, v):
