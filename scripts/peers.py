@@ -1,130 +1,54 @@
 """Our mechanisms against the packages that people would install instead, on a CPU, in one process.
 
 Both sides get the same tensors, must agree, and are then timed in ABBA order. Projections (q, k, v and output layers)
-are left out on both sides. Run by ``scripts/bench_peers``.
+are left out on both sides. Run by ``scripts/bench_peers``; one run is one record, from one state of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
-import time
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
-from peer_forms import BATCH, COMPARISONS, HEADS, WIDTH, Comparison, Operator, Pair, draw
-from torch import Tensor
+from peer_forms import COMPARISONS
+from peer_forms.pair import BATCH, HEADS, WIDTH
+from peer_forms.timing import Forecast, GivenUpError, Limits, measure, probed
 
 import linbench
-from linbench.measure.clock import ForeignLoad
 
-SCHEMA_VERSION = 1
-GIB = 2**30
-LONGEST_CALL_S = 10
-"""A row whose peer needs more for one call is given up with that as its reason."""
-
-
-def call(operator: Operator, leaves: tuple[Tensor, ...], toward: Tensor | None) -> tuple[Tensor, ...]:
-    """The output, and the gradients of the leaves where there is a ``toward`` to differentiate along."""
-    if toward is None:
-        with torch.no_grad():
-            return (operator(*leaves),)
-    output = operator(*leaves)
-    return output.detach(), *torch.autograd.grad(output, leaves, toward)
-
-
-def seconds(operator: Operator, leaves: tuple[Tensor, ...], toward: Tensor | None) -> float:
-    """One call."""
-    start = time.perf_counter()
-    call(operator, leaves, toward)
-    return time.perf_counter() - start
-
-
-def measure(comparison: Comparison, length: int, pass_: str, rounds: int, budget_s: float) -> dict[str, Any]:
-    """Check and time one row; a dict with samples, or with a reason."""
-    backward = pass_ == "forward_backward"
-    needed, free = comparison.peer_bytes(length, backward), psutil.virtual_memory().available
-    if needed > free / 2:
-        return {"reason": f"the peer needs about {needed / GIB:.0f} GiB, {free / GIB:.0f} are free"}
-    try:
-        pair = comparison.make(length)
-    except ImportError as error:
-        return {"reason": f"not installed: {error}"}
-    toward = draw(*call(pair.ours, pair.leaves, None)[0].shape).detach() if backward else None
-    started = time.perf_counter()
-    theirs = call(pair.peer, pair.leaves, toward)
-    first_call_s = time.perf_counter() - started
-    if first_call_s > LONGEST_CALL_S:
-        return {"reason": f"the peer needs {first_call_s:.0f} s a call"}
-    if not all(tensor.isfinite().all() for tensor in theirs):
-        return {"reason": "the peer's result is not finite"}
-    distance = max(
-        ((a - b).norm() / b.norm()).item() for a, b in zip(call(pair.ours, pair.leaves, toward), theirs, strict=True)
-    )
-    del theirs
-    if not distance < comparison.tolerance:
-        return {"reason": f"disagrees: relative distance {distance:.1e}", "distance": distance}
-    samples, foreign = abba(pair, toward, rounds, budget_s)
-    return {"distance": distance, "peer_first_call_ms": first_call_s * 1e3, "foreign_cpu_cores": foreign, **samples}
-
-
-def abba(
-    pair: Pair, toward: Tensor | None, rounds: int, budget_s: float
-) -> tuple[dict[str, list[list[float]]], float | None]:
-    """Milliseconds per side and round, two a round, in the order ours, peer, peer, ours; and foreign CPU in cores."""
-    ours: list[list[float]] = []
-    peer: list[list[float]] = []
-    load, start = ForeignLoad(), time.perf_counter()
-    while len(ours) < rounds and (len(ours) < 2 or time.perf_counter() - start < budget_s):
-        gc.collect()
-        a, b, c, d = (seconds(side, pair.leaves, toward) * 1e3 for side in (pair.ours, pair.peer, pair.peer, pair.ours))
-        ours.append([a, d])
-        peer.append([b, c])
-    return {"ours_ms": ours, "peer_ms": peer}, load.cores()
-
-
-def summary(row: dict[str, Any]) -> dict[str, Any]:
-    """Medians, their ratio peer / ours, and its 95 % bootstrap interval over rounds."""
-    ours, peer = np.array(row["ours_ms"]), np.array(row["peer_ms"])
-    drawn = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
-    ratios = np.median(peer[drawn], axis=(1, 2)) / np.median(ours[drawn], axis=(1, 2))
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    medians = {"ours_median_ms": float(np.median(ours)), "peer_median_ms": float(np.median(peer))}
-    ratio = medians["peer_median_ms"] / medians["ours_median_ms"]
-    return {**medians, "ratio": ratio, "ratio_95": [float(low), float(high)]}
+SCHEMA_VERSION = 2
+PASSES = ("forward", "forward_backward")
+HEADER = ("mechanism", "peer", "pass", "N", "ours, ms", "peer, ms", "peer / ours", "95 %", "foreign CPU")
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every comparison, pass and length; lengths rise, so that a peer too slow at one is not tried at the next."""
-    for comparison, pass_ in product(COMPARISONS, arguments.passes):
-        expected_s = 0.0
+    limits = Limits(arguments.rounds, arguments.budget, arguments.longest_call)
+    chosen = [one for one in COMPARISONS if arguments.mechanisms is None or one.name in arguments.mechanisms]
+    for comparison, pass_ in product(chosen, arguments.passes):
+        missing, forecast, backward = "", Forecast(), pass_ == "forward_backward"
+        try:
+            forecast = probed(comparison, backward)
+        except ImportError as error:
+            missing = f"not installed: {error}"
         for length in sorted(arguments.lengths):
             row = {key: getattr(comparison, key) for key in ("mechanism", "package", "form")}
             row |= {"length": length, "pass": pass_}
-            if expected_s > LONGEST_CALL_S:
-                row["reason"] = f"the peer would need more than {LONGEST_CALL_S} s a call"
-            else:
-                row |= measure(comparison, length, pass_, arguments.rounds, arguments.budget)
-            if "ours_ms" in row:
-                row |= summary(row)
-                expected_s = 2 * row["peer_median_ms"] / 1e3
-            elif "the peer needs" in row["reason"]:
-                expected_s = float("inf")
+            try:
+                row |= {"reason": missing} if missing else measure(comparison, length, backward, forecast, limits)
+            except GivenUpError as reason:
+                row["reason"] = str(reason)
             yield row
-
-
-HEADER = ("mechanism", "peer", "pass", "N", "ours, ms", "peer, ms", "peer / ours", "95 %", "foreign CPU")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -137,34 +61,71 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (*key, *numbers, f"{low:.2f} … {high:.2f}", "—" if foreign is None else f"{foreign:.2f}")
 
 
+def conclusions(table: list[dict[str, Any]]) -> list[str]:
+    """A sentence a pass: over all rows with numbers, and over the fastest peer of each mechanism at each length."""
+    found = []
+    for pass_ in dict.fromkeys(row["pass"] for row in table):
+        of_pass = [row for row in table if row["pass"] == pass_]
+        timed = sorted((row for row in of_pass if "ratio" in row), key=lambda row: row["ratio"])
+        if not timed:
+            found.append(f"{pass_}: no row with numbers.")
+            continue
+        # the first of each has the least ratio
+        fastest = {(row["mechanism"], row["length"]): row["ratio"] for row in reversed(timed)}
+        least = timed[0]
+        found.append(
+            f"{pass_}: {len(timed)} of {len(of_pass)} rows have numbers; peer / ours is {least['ratio']:.2f} at least"
+            f" ({least['mechanism']}, {least['package']}, N={least['length']}), the geometric mean"
+            f" {geometric_mean(row['ratio'] for row in timed):.2f},"
+            f" and {geometric_mean(fastest.values()):.2f} over the fastest peer of each mechanism and length."
+        )
+    return found
+
+
 def environment() -> dict[str, Any]:
     """What the numbers depend on."""
     cpu_info = Path("/proc/cpuinfo")
     models = [line for line in cpu_info.read_text().splitlines() if "model name" in line] if cpu_info.exists() else []
-    packages = ("torch", "linformer", "transformers", "performer-pytorch", "fla-core")
+    packages = sorted({"torch", *(comparison.package for comparison in COMPARISONS)})
     return {
         "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
+        "vector_extensions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "linbench": linbench.__version__,
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: installed(name) for name in packages},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "shape": {"batch": BATCH, "heads": HEADS, "head_dim": WIDTH, "value_dim": WIDTH, "dtype": "float32"},
     }
 
 
-def main() -> None:
-    """Print the table as it grows; write peers.json and peers.md."""
+def installed(package: str) -> str | None:
+    """Its version; None where it is missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = sorted({comparison.name for comparison in COMPARISONS})
+    parser.add_argument("--mechanisms", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
-    passes = ["forward", "forward_backward"]
-    parser.add_argument("--passes", nargs="+", choices=passes, default=passes)
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=10, help="ABBA rounds a row, fewer where the budget ends first")
-    parser.add_argument("--budget", type=float, default=6, help="seconds of timing a row; two rounds at least")
+    parser.add_argument("--rounds", type=int, default=12, help="ABBA rounds a row, fewer where the budget ends first")
+    parser.add_argument("--budget", type=float, default=1.5, help="seconds of timing a row; two rounds where they fit")
+    parser.add_argument("--longest-call", type=float, default=4, help="seconds of a peer's call that end its rows")
     parser.add_argument("--output", type=Path, default=Path("peers"), help="folder for peers.json and peers.md")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table as it grows, then what it says; write peers.json and peers.md."""
+    arguments = parsed()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")  # deprecations inside the peers
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -175,8 +136,10 @@ def main() -> None:
         record["rows"].append(row)
         lines.append(f"| {' | '.join(cells(row))} |")
         print(lines[-1], flush=True)
+    said = ["", *conclusions(record["rows"])]
+    print(*said, sep="\n")
     (arguments.output / "peers.json").write_text(json.dumps(record, indent=1) + "\n")
-    (arguments.output / "peers.md").write_text("\n".join(lines) + "\n")
+    (arguments.output / "peers.md").write_text("\n".join(lines + said) + "\n")
 
 
 if __name__ == "__main__":

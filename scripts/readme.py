@@ -1,6 +1,6 @@
-"""The results section of README.md, made from the committed ``long_seq`` run. ``--check`` fails when it is stale.
+"""The sections of README.md that are made: results of the committed ``long_seq`` run, mechanisms, properties.
 
-The section stands between two comments; its pictures go to results/images/.
+Each stands between two comments; pictures go to results/images/. ``--check`` fails when one is stale.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from linbench import registry
+from linbench.conformance.kit import PROPERTIES
 from linbench.record import Record, Run
 from linbench.report import write_report
 from linbench.report.answers import make_answers
@@ -21,7 +23,6 @@ from linbench.report.points import Series, make_points
 from linbench.store import read
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TABLED = "local(sharpness=2.0, width=64) inputs"
 """The family whose tables are shown; the others are in the pictures."""
 SHOWN = "8k"
@@ -29,20 +30,19 @@ SHOWN = "8k"
 
 
 def main() -> int:
-    """Write the section and its pictures, or compare the section; 1 if it is stale."""
+    """Write the sections and the pictures, or compare the sections; 1 if one is stale."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if the section is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a section is not up to date")
     options = parser.parse_args()
     path = sorted(ROOT.glob("results/*/*-long_seq-*.jsonl"))[-1]
     run, records = read(path)
     readme = ROOT / "README.md"
     text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
-    section = f"{BEGIN}\n{block(run, records, path)}\n{END}"
-    wanted = before + section + rest.partition(END)[2]
+    wanted = section(text, "results", block(run, records, path))
+    wanted = section(section(wanted, "mechanisms", mechanisms()), "properties", properties())
     if options.check:
         if text != wanted:
-            print("README.md: the results section is stale; run scripts/readme.py", file=sys.stderr)
+            print("README.md: a section is stale; run scripts/readme.py", file=sys.stderr)
         return int(text != wanted)
     readme.write_text(wanted)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,6 +52,45 @@ def main() -> int:
         for figure in ("latency", "error"):
             shutil.copy(Path(folder) / "figures" / f"{figure}.png", images / f"long_seq_{figure}.png")
     return 0
+
+
+def section(text: str, name: str, content: str) -> str:
+    """``text`` with what stands between the comments of that name replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def mechanisms() -> str:
+    """The table of linbench's own mechanisms, from their descriptions."""
+    lines = [
+        "| name | kind | paper | year | time ∝ | causal | not causal | decode | other implementations |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    described = registry.descriptions()
+    for name in sorted(registry.BUILT_IN):
+        about = described[name]
+        causal = "causal" in about["forms"]
+        further = ", ".join(f"`{one}`" for one in about["implementations"] if one not in ("reference", "torch"))
+        cells = [
+            f"`{name}`",
+            about["kind"],
+            f"[{about['arxiv']}](https://arxiv.org/abs/{about['arxiv']})",
+            str(about["year"]),
+            about["time"],
+            "yes" if causal else "–",
+            "yes" if "full" in about["forms"] else "–",
+            ("yes" if about["decodes"] else "no") if causal else "–",
+            further or "–",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def properties() -> str:
+    """What the conformance kit looks at."""
+    lines = ["| property | what it means |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {known.name} | {known.meaning} |" for known in PROPERTIES.values())])
 
 
 def block(run: Run, records: list[Record], path: Path) -> str:
