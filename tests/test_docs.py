@@ -10,7 +10,20 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from linbench.record import Check, Cost, Environment, Error, Memory, Record, Run, Speed, Status
+from linbench.record import (
+    Check,
+    Cost,
+    Environment,
+    Error,
+    Fit,
+    Kernel,
+    Memory,
+    Record,
+    Run,
+    Speed,
+    Status,
+    Structure,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,16 +35,42 @@ def fenced(language: str, holding: str) -> str:
     return str(block)
 
 
+def in_folder(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "linbench", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
 def test_the_mechanism_of_the_readme_runs_as_written(tmp_path: Path) -> None:
-    (tmp_path / "my_module.py").write_text(fenced("python", "class Mean"))
-    (tmp_path / "mine" / "mechanism").mkdir(parents=True)
-    (tmp_path / "mine" / "mechanism" / "mean.yaml").write_text(fenced("yaml", "my_module.Mean"))
-    words = ["--config-dir", "mine", "mechanism=[softmax,mean]", "length=48", "causal=false", "heads=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "linbench", "run", *words], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    text = fenced("python", "class Strided")
+    assert len(text.splitlines()) <= 60
+    (tmp_path / "my_module.py").write_text(text)
+    words = re.search(r"`linbench (run mechanism\._target_=my_module\.Strided .*?)`", README)
+    assert words is not None
+    short = ["length=48", "causal=false", "heads=2", "head_dim=8", "measure.speed.budget_s=0.02"]
+    done = in_folder(tmp_path, *words[1].split(), *short)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"mean/torch .*: (ok|noisy) .* distance", done.stdout), done.stdout
+    assert len(re.findall(r"strided/torch .*: (?:ok|noisy) .* error", done.stdout)) == 2, done.stdout
+
+
+def test_the_mechanism_of_the_readme_passes_the_kit(tmp_path: Path) -> None:
+    (tmp_path / "my_module.py").write_text(fenced("python", "class Strided"))
+    done = in_folder(tmp_path, "check", "my_module.Strided", "--quick")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"exact limit .* passed", done.stdout), done.stdout
+
+
+def test_installed_mechanisms_take_part_in_every_sweep_that_names_none(tmp_path: Path) -> None:
+    """The package of the README, as pip leaves it: a module and the entry point that the README shows."""
+    (tmp_path / "my_module.py").write_text(fenced("python", "class Strided"))
+    about = tmp_path / "strided-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: strided\nVersion: 1.0\n")
+    group, line = re.findall(r"\[project\.entry-points\.\"(.*)\"\]\n *(.*)\n", README)[0]
+    (about / "entry_points.txt").write_text(f"[{group}]\n{line.replace(chr(34), '')}\n")
+    for words, joins in ((("+sweep=smoke",), True), (("+sweep=smoke", "mechanism=linear"), False), ((), False)):
+        done = in_folder(tmp_path, "plan", "length=128", *words)
+        assert done.returncode == 0, done.stderr
+        assert ("strided" in done.stdout) is joins, done.stdout
 
 
 @pytest.mark.parametrize("command", re.findall(r"^linbench (?:run|plan) .*$", README, re.MULTILINE))
@@ -54,7 +93,7 @@ def test_every_picture_and_file_that_the_documents_link_exists() -> None:
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
 
 
-@pytest.mark.parametrize("model", [Run, Environment, Record, Cost, Check, Speed, Memory, Error])
+@pytest.mark.parametrize("model", [Run, Environment, Record, Cost, Check, Speed, Memory, Error, Fit, Structure, Kernel])
 def test_every_field_of_a_record_is_defined(model: type[BaseModel]) -> None:
     text = (ROOT / "results" / "README.md").read_text()
     for name in model.model_fields:
