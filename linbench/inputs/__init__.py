@@ -93,17 +93,20 @@ def unsupported(cell: Cell) -> str | None:
     return reason
 
 
-def another_draw(cell: Cell, seed: int) -> Cell:
-    """A cell of the same shape and family whose inputs are others: those of ``seed``, or another captured text.
+def another_draw(cell: Cell, index: int) -> Cell:
+    """A cell of the same shape and family with other inputs: those of another seed, or of another captured text.
+
+    Args:
+        index: which; the draws of a captured family repeat themselves from 1 on, and never come back to 0.
 
     Raises:
         UsageError: the family is captured and has nothing else to give.
     """
     module, _ = _load(cell.inputs, cell.inputs_target)
     if hasattr(module, "another_draw"):
-        other: Cell = module.another_draw(cell, seed)
+        other: Cell = module.another_draw(cell, index)
         return other
-    return cell.model_copy(update={"seed": seed})
+    return cell.model_copy(update={"seed": int(digest(["another draw", cell.seed, index]), 16) % 2**62})
 
 
 def _load(name: str, target: str | None = None) -> tuple[ModuleType, Family]:

@@ -13,12 +13,12 @@ from linbench.cell import Cell
 from linbench.errors import UsageError
 
 DATA = Path(__file__).parent / "data"
-MINILM_TEXTS, MINILM_HEADS, MINILM_TOKENS, MINILM_DIM = 2, 6, 512, 32
+MINILM_TEXTS, MINILM_HEADS, MINILM_TOKENS, MINILM_DIM = 6, 6, 512, 32
 """The shape of each tensor in ``data/minilm.safetensors``; held true by a test."""
 
 
 def minilm(
-    cell: Cell, generator: torch.Generator, *, layer: Literal[0, 3, 5] = 3, text: Literal[0, 1] = 0
+    cell: Cell, generator: torch.Generator, *, layer: Literal[0, 3, 5] = 3, text: Literal[0, 1, 2, 3, 4, 5] = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read what one layer of all-MiniLM-L6-v2 computes on English prose; the seed plays no part.
 
@@ -59,13 +59,16 @@ def unsupported(cell: Cell) -> str | None:
     return None
 
 
-def another_draw(cell: Cell, seed: int) -> Cell:
-    """The same of the other text.
+def another_draw(cell: Cell, index: int) -> Cell:
+    """The same of another text: 0 is the next one, and the others follow from 1 on, again and again.
 
     Raises:
-        UsageError: the cell takes every text.
+        UsageError: the cell takes several texts.
     """
     if cell.batch > 1:
-        raise UsageError(f"minilm holds {MINILM_TEXTS} texts: with batch={cell.batch} no other is left")
-    other = 1 - int(cell.inputs_parameters.get("text") or 0)
-    return cell.model_copy(update={"inputs_parameters": {**cell.inputs_parameters, "text": other}})
+        raise UsageError(f"batch={cell.batch}: other texts of minilm are drawn one at a time; set batch=1")
+    own = int(cell.inputs_parameters.get("text") or 0)
+    step = 1 if index == 0 else 2 + (index - 1) % (MINILM_TEXTS - 2)
+    return cell.model_copy(
+        update={"inputs_parameters": {**cell.inputs_parameters, "text": (own + step) % MINILM_TEXTS}}
+    )

@@ -1,14 +1,17 @@
 """The ``fit`` measure: how near to exact softmax a mechanism comes once what a layer learns has been learned.
 
-Protocol 1:
+Protocol 2:
 
 * *What is fitted.* The mechanism's own parameters, and what surrounds an operator in a layer: for every head an affine
   map of q, of k, of v and of the output, which start as identities, and an affine map from [q, k, v] of a token to each
   of its gates before their activation, which starts at zero.
 * *On what.* Every step sees another draw of the cell's family of inputs, made from a seed that no other measure uses;
-  a captured family gives another text. The cell's own inputs are held out: they judge, before and after.
+  a captured family gives another text, and the same again when all have been seen. The cell's own inputs are held out:
+  they judge, before and after.
 * *How.* Adam in fp32 on ‖output − truth‖² / ‖truth‖² with truth exact softmax attention, the learning rate falling to
   zero along a cosine, gradients clipped to norm 1. Everything is seeded by the cell.
+* *When to stop.* Every 20 steps the loss is taken on one more draw, which is neither fitted nor judges; what is judged
+  is the layer where that was least, which is the start if nothing helped.
 * *Judged* by the protocol of :mod:`linbench.measure.error`, in the cell's dtype.
 """
 
@@ -16,19 +19,23 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from linbench import inputs
-from linbench.cell import Cell, digest
+from linbench.cell import Cell
 from linbench.measure.call import Call
 from linbench.measure.error import measure_error
 from linbench.measure.exact import exact_attention
 from linbench.mechanisms.base import Mechanism
 from linbench.record import Error, Fit
 
-PROTOCOL = 1
+PROTOCOL = 2
+VALIDATION_STEPS = 20
+"""Between two looks at the draw that selects the step."""
 LARGEST_GRADIENT = 1.0
 
 
@@ -85,7 +92,7 @@ def measure_fit(call: Call, output: Tensor, *, steps: int = 300, learning_rate: 
     q, k, v = (x.detach() for x in (call.q, call.k, call.v))
     layer = make_layer(call)
     before = _judge(layer, q, k, v, call)
-    losses = fit(layer, cell, q.device, steps=steps, learning_rate=learning_rate)
+    fitting = fit(layer, cell, q.device, steps=steps, learning_rate=learning_rate)
     after = _judge(layer, q, k, v, call)
     return Fit(
         protocol=PROTOCOL,
@@ -93,8 +100,11 @@ def measure_fit(call: Call, output: Tensor, *, steps: int = 300, learning_rate: 
         learning_rate=learning_rate,
         parameters=sum(x.numel() for x in layer.parameters()),
         own_parameters=sum(x.numel() for x in layer.mechanism.parameters()),
-        first_loss=sum(losses[:10]) / len(losses[:10]),
-        last_loss=sum(losses[-10:]) / len(losses[-10:]),
+        first_loss=sum(fitting.losses[:10]) / len(fitting.losses[:10]),
+        last_loss=sum(fitting.losses[-10:]) / len(fitting.losses[-10:]),
+        selected_step=fitting.selected_step,
+        initial_validation_loss=fitting.validation[0],
+        selected_validation_loss=fitting.validation[fitting.selected_step],
         initial_error=before.relative_error,
         initial_skill=before.skill,
         fitted_error=after.relative_error,
@@ -111,30 +121,68 @@ def make_layer(call: Call) -> Layer:
     return Layer(mechanism, fixed).to(call.q.device)
 
 
-def fit(layer: Layer, cell: Cell, device: torch.device, *, steps: int, learning_rate: float) -> list[float]:
-    """Train ``layer`` in fp32; returns the loss of every step."""
+@dataclass(frozen=True)
+class Fitting:
+    """The course of a fit."""
+
+    losses: list[float]
+    """Of every step, before it."""
+    validation: dict[int, float]
+    """Number of steps taken -> loss on the draw that selects."""
+
+    @property
+    def selected_step(self) -> int:
+        """Where the validation loss was least."""
+        return min(self.validation, key=self.validation.__getitem__)
+
+
+def fit(layer: Layer, cell: Cell, device: torch.device, *, steps: int, learning_rate: float) -> Fitting:
+    """Train ``layer`` in fp32, and leave it as it was where its validation loss was least.
+
+    Raises:
+        ArithmeticError: a loss is not finite.
+    """
     optimiser = torch.optim.Adam(layer.parameters(), lr=learning_rate)
-    losses = []
+    held = _Draw.of(inputs.another_draw(cell, 0), device)
+    with torch.no_grad():
+        fitting = Fitting([], {0: held.loss(layer).item()})
+    best = copy.deepcopy(layer.state_dict())
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        q, k, v = (x.to(device, torch.float32) for x in inputs.draw(training_cell(cell, step)))
-        truth = exact_attention(q, k, v, cell.causal, dtype=torch.float32)
         optimiser.zero_grad(set_to_none=True)
-        loss = (layer(q, k, v) - truth).square().sum() / truth.square().sum()
+        loss = _Draw.of(inputs.another_draw(cell, step + 1), device).loss(layer)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(layer.parameters(), LARGEST_GRADIENT)
         optimiser.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise ArithmeticError(f"the loss of fitting is {losses[-1]} at step {step}")
-    return losses
+        fitting.losses.append(loss.item())
+        if not math.isfinite(fitting.losses[-1]):
+            raise ArithmeticError(f"the loss of fitting is {fitting.losses[-1]} at step {step}")
+        if (step + 1) % VALIDATION_STEPS == 0 or step + 1 == steps:
+            with torch.no_grad():
+                fitting.validation[step + 1] = held.loss(layer).item()
+            if fitting.selected_step == step + 1:
+                best = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict(best)
+    return fitting
 
 
-def training_cell(cell: Cell, step: int) -> Cell:
-    """The cell whose inputs the step sees: same shape and family, another draw."""
-    other = inputs.another_draw(cell, int(digest(["fit", cell.seed, step]), 16) % 2**62)
-    return other.model_copy(update={"dtype": "float32"})
+class _Draw(NamedTuple):
+    """Inputs in fp32, and exact attention on them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    truth: Tensor
+
+    @classmethod
+    def of(cls, cell: Cell, device: torch.device) -> Self:
+        q, k, v = (x.to(device) for x in inputs.draw(cell.model_copy(update={"dtype": "float32"})))
+        return cls(q, k, v, exact_attention(q, k, v, cell.causal, dtype=torch.float32))
+
+    def loss(self, layer: Layer) -> Tensor:
+        """‖output − truth‖² / ‖truth‖²."""
+        return (layer(self.q, self.k, self.v) - self.truth).square().sum() / self.truth.square().sum()
 
 
 def _judge(layer: Layer, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Error:

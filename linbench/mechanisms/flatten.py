@@ -9,11 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from linbench.cell import Cell
-from linbench.errors import UsageError
-from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
+from linbench.mechanisms.base import Description, Geometry, streaming_bytes
 from linbench.mechanisms.cores.additive import chosen
 from linbench.mechanisms.cores.chunked import compute_dtype, guarded
-from linbench.mechanisms.cores.depthwise import Depthwise
+from linbench.mechanisms.cores.image import ImageAttention
 from linbench.mechanisms.cores.streams import Keys, Queries, pool, read
 from linbench.mechanisms.cores.walks import Parts
 
@@ -21,7 +20,7 @@ EPSILON = 1e-6
 """Added to the entries of queries and keys, so that those without a positive one have a direction."""
 
 
-class FLatten(Mechanism):
+class FLatten(ImageAttention):
     """o_i = φ(q_i) Σ_j φ(k_j)ᵀ v_j / φ(q_i)·Σ_j φ(k_j) + DWC(v)_i with φ(x) = ‖x̄‖ x̄^p/‖x̄^p‖ (sections 4.1 and 4.2).
 
     x̄ = (relu(x) + ε)/softplus(scale), powers taken entry by entry: φ leaves the norm of x̄ as it is and turns it
@@ -61,17 +60,14 @@ class FLatten(Mechanism):
         height: Annotated[int, Field(ge=1)] | None = None,
         kernel: Annotated[int, Field(ge=0)] = 5,
     ) -> None:
-        super().__init__(geometry)
+        super().__init__(geometry, kernel, height, 1)
         self.power = power
         self.scale = torch.nn.Parameter(torch.zeros(geometry.heads, geometry.key_dim, dtype=torch.float64))
         """Before softplus, fp64 ``[H, D]``; cast where it is used."""
-        self.convolution: Depthwise | None = None
-        if kernel:
-            self.convolution = Depthwise(1, geometry.value_dim, kernel, height, geometry.seed)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
         """The formula, state first; see :meth:`Mechanism.reference`."""
-        self._check(q, k)
+        self.check(q, k)
         inverse = self._inverse(v.dtype)
         queries, keys = (focused(x, inverse, self.power) for x in (chosen(q, rows), k))
         out = queries @ (keys.mT @ v) / guarded(queries @ keys.sum(-2)[..., None])
@@ -83,7 +79,7 @@ class FLatten(Mechanism):
         On values without their mean, which rows that sum to one bring back: a query of small entries divides the
         rounding of its gradient by them, so that little must cancel in it.
         """
-        self._check(q, k)
+        self.check(q, k)
         inverse, mean = self._inverse(compute_dtype(q)), v.detach().mean(2, keepdim=True, dtype=compute_dtype(v))
         sums = pool(self._keys, (k, v), (inverse, mean))
         convolved = () if self.convolution is None else (self.convolution(v),)
@@ -105,28 +101,9 @@ class FLatten(Mechanism):
         """What x̄ is multiplied by, ``[1, H, D]``."""
         return torch.nn.functional.softplus(self.scale.to(dtype)).reciprocal()[None]
 
-    def unsupported(self, cell: Cell) -> str | None:
-        """Also tokens that are no image of that height."""
-        refusal = None if self.convolution is None else self.convolution.refusal(cell.length)
-        return super().unsupported(cell) or refusal
-
-    def _check(self, q: Tensor, k: Tensor) -> None:
-        """Refuse what has no operator (for a cell, ``unsupported`` says so before)."""
-        if self.causal:
-            raise UsageError("flatten has no causal form")
-        if self.convolution is not None and q.shape[-2] != k.shape[-2]:
-            raise UsageError(
-                f"flatten with a convolution needs as many keys as queries, got {k.shape[-2]} and {q.shape[-2]}"
-            )
-
-    def flops(self, cell: Cell) -> int:
-        """Matrix products 4DM + 2D per token, and DWC; twice that backward."""
-        forward = 4 * cell.head_dim * cell.value_dim + 2 * cell.head_dim
-        passes = {"forward": 1, "backward": 2, "forward_backward": 3}[cell.pass_]
-        total = cell.length * forward * passes
-        if self.convolution is not None and self.unsupported(cell) is None:
-            total += cell.value_dim * self.convolution.flops(cell.length, cell.pass_)
-        return cell.batch * cell.heads * total
+    def token_flops(self, cell: Cell) -> int:
+        """4DM + 2D, the normaliser."""
+        return 4 * cell.head_dim * cell.value_dim + 2 * cell.head_dim
 
     def min_bytes(self, cell: Cell) -> int:
         """q, k, v read and o written once, and the like backward."""

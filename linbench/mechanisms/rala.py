@@ -10,15 +10,15 @@ from torch import Tensor
 
 from linbench.cell import Cell
 from linbench.errors import UsageError
-from linbench.mechanisms.base import Description, Gate, Geometry, Mechanism, streaming_bytes
+from linbench.mechanisms.base import Description, Gate, Geometry, streaming_bytes
 from linbench.mechanisms.cores.additive import chosen
 from linbench.mechanisms.cores.chunked import guarded
-from linbench.mechanisms.cores.depthwise import Depthwise
+from linbench.mechanisms.cores.image import ImageAttention
 from linbench.mechanisms.cores.streams import Keys, Queries, pool, read
 from linbench.mechanisms.cores.walks import Parts
 
 
-class RALA(Mechanism):
+class RALA(ImageAttention):
     """o_i = φ_i ∘ (κ(q_i) Σ_j α_j κ(k_j)ᵀ v_j / κ(q_i)·Σ_j α_j κ(k_j) + DWC(v)_i), κ(x) = elu(x) + 1.
 
     α_j = N softmax_j(q_g·κ(k_j)/√D) with the global query q_g = mean_i κ(q_i), the mean of what κ makes of the queries
@@ -57,11 +57,8 @@ class RALA(Mechanism):
         kernel: Annotated[int, Field(ge=0)] = 5,
         augment_keys: bool = True,
     ) -> None:
-        super().__init__(geometry)
+        super().__init__(geometry, kernel, height, geometry.heads)
         self.augment_keys = augment_keys
-        self.convolution: Depthwise | None = None
-        if kernel:
-            self.convolution = Depthwise(geometry.heads, geometry.value_dim, kernel, height, geometry.seed)
 
     def gates(self) -> dict[str, Gate]:
         """``gate``, without an activation."""
@@ -91,31 +88,16 @@ class RALA(Mechanism):
         convolved = () if self.convolution is None else (self.convolution(v),)
         return read(_gated, (q, extras["gate"], *convolved), sums.products, (sums.features,), dtype=v.dtype)
 
-    def unsupported(self, cell: Cell) -> str | None:
-        """Also tokens that are no image of that height."""
-        refusal = None if self.convolution is None else self.convolution.refusal(cell.length)
-        return super().unsupported(cell) or refusal
-
     def _check(self, q: Tensor, k: Tensor, extras: dict[str, Tensor]) -> None:
         """Refuse what has no operator (for a cell, ``unsupported`` says so before)."""
-        if self.causal:
-            raise UsageError("rala has no causal form")
-        if self.convolution is not None and q.shape[-2] != k.shape[-2]:
-            raise UsageError(
-                f"rala with a convolution needs as many keys as queries, got {k.shape[-2]} and {q.shape[-2]}"
-            )
+        self.check(q, k)
         shape = (*q.shape[:3], self.geometry.value_dim)
         if "gate" not in extras or extras["gate"].shape != shape:
             raise UsageError(f"rala needs the extra 'gate' of shape {list(shape)}")
 
-    def flops(self, cell: Cell) -> int:
-        """Matrix products 4DM + 2D per token and 2D more for α, and DWC; twice that backward."""
-        forward = 4 * cell.head_dim * cell.value_dim + (4 if self.augment_keys else 2) * cell.head_dim
-        passes = {"forward": 1, "backward": 2, "forward_backward": 3}[cell.pass_]
-        total = cell.length * forward * passes
-        if self.convolution is not None and self.unsupported(cell) is None:
-            total += cell.value_dim * self.convolution.flops(cell.length, cell.pass_)
-        return cell.batch * cell.heads * total
+    def token_flops(self, cell: Cell) -> int:
+        """4DM + 2D, the normaliser, and 2D more for α."""
+        return 4 * cell.head_dim * cell.value_dim + (4 if self.augment_keys else 2) * cell.head_dim
 
     def min_bytes(self, cell: Cell) -> int:
         """q, k, v and the gate read and o written once, and the like backward; q may stay on the chip for its mean."""

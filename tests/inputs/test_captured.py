@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from itertools import combinations
 from typing import get_args
 
 import pytest
@@ -35,7 +36,7 @@ def test_the_file_holds_what_the_module_says(stored):
         assert stored.get_tensor(name).dtype is torch.float16
     choices = inspect.signature(captured.minilm, eval_str=True).parameters["layer"].annotation
     assert get_args(choices) == LAYERS
-    assert (captured.DATA / "minilm.safetensors").stat().st_size < 4_000_000
+    assert (captured.DATA / "minilm.safetensors").stat().st_size < 11_000_000
 
 
 def test_the_file_says_where_it_is_from(stored):
@@ -62,6 +63,9 @@ def test_layers_texts_and_heads_differ():
     assert not torch.equal(middle[0], last[0])
     q = middle[0]
     assert not torch.equal(q[0], q[1])
+    texts = [draw(cell(batch=1, inputs_parameters={"text": text}))[0] for text in range(captured.MINILM_TEXTS)]
+    assert torch.equal(torch.cat(texts[:2]), q)
+    assert all(not torch.equal(one, other) for one, other in combinations(texts, 2))
     assert all(not torch.equal(q[0, head], q[0, head + 1]) for head in range(5))
 
 
@@ -78,7 +82,8 @@ def test_a_trained_model_attends_far_from_evenly(layer):
     ("fields", "reason"),
     [
         ({"length": 1024}, "minilm holds 512 tokens, not 1024"),
-        ({"batch": 3}, "minilm holds 2 texts, not 3"),
+        ({"batch": 7}, "minilm holds 6 texts, not 7"),
+        ({"batch": 2, "inputs_parameters": {"text": 5}}, "minilm holds 6 texts, not 2 from text 5 on"),
         ({"head_dim": 64}, "minilm has head_dim 32, not 64"),
         ({"value_dim": 16}, "minilm has value_dim 32, not 16"),
     ],

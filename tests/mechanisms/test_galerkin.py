@@ -100,11 +100,16 @@ def test_many_slabs_and_both_layouts_agree_with_fp64(dtype):
     q, k, v = (x.to(dtype) for x in (q, k, v))
     mechanism = galerkin()
     expected = galerkin("reference")(q.double(), k.double(), v.double())
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+
+    def error(found):
+        return ((found.double() - expected).norm() / expected.norm()).item()
+
+    # a sum over all tokens: how much of it is rounding depends on the order that a processor adds them in
+    tolerance = min(error(galerkin("reference")(q, k, v)), 4e-3)
     for layout in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
         found = mechanism(*(layout(x) for x in (q, k, v)))
         assert found.dtype is dtype
-        assert ((found.double() - expected).norm() / expected.norm()).item() < tolerance
+        assert error(found) < tolerance
 
 
 def test_the_output_lies_in_memory_as_the_queries_do():

@@ -12,7 +12,7 @@ from linbench.report.points import make_points
 from linbench.report.sections import fit_section, rank_section, target_section
 
 FIT = Fit(
-    protocol=1, steps=3, learning_rate=0.1, parameters=1234, own_parameters=5, first_loss=1.0, last_loss=0.5,
+    protocol=2, steps=3, selected_step=2, learning_rate=0.1, parameters=1234, own_parameters=5, first_loss=1.0, last_loss=0.5,
     initial_error=0.5, initial_skill=0.25, fitted_error=0.125, fitted_skill=0.875, trivial_error=1.0,
 )  # fmt: skip
 STRUCTURE = Structure(
@@ -65,7 +65,10 @@ def test_sections_show_their_blocks_and_are_absent_without_them(record):
     assert paper_sections(points([plain])) == []
     error = plain.error.model_copy(update={"target_error": 0.2, "target_trivial_error": 0.8})
     full = plain.model_copy(update={"fit": FIT, "structure": STRUCTURE, "error": error})
-    assert fit_section(points([full])).grids[0].rows == [["linear", "0.500", "0.125", "0.250", "0.875", "1,234"]]
+    fitted = ["linear", "0.500", "0.125", "0.250", "0.875", "1,234"]
+    assert fit_section(points([full])).grids[0].rows == [[*fitted, "2 of 3"]]
+    of_protocol_1 = full.model_copy(update={"fit": FIT.model_copy(update={"selected_step": None})})
+    assert fit_section(points([of_protocol_1])).grids[0].rows == [[*fitted, "3 of 3"]]
     assert rank_section(points([full])).grids[0].rows == [["linear", "2.5", "3.0", "7.5", "8.0", "8"]]
     assert target_section(points([full])).grids[0].rows == [["linear", "0.200", "0.750", "0.300"]]
 
