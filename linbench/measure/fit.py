@@ -152,7 +152,7 @@ def fit(layer: Layer, cell: Cell, device: torch.device, *, steps: int, learning_
             group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimiser.zero_grad(set_to_none=True)
         loss = _Draw.of(inputs.another_draw(cell, step + 1), device).loss(layer)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(layer.parameters(), LARGEST_GRADIENT)
         optimiser.step()
         fitting.losses.append(loss.item())
@@ -182,7 +182,8 @@ class _Draw(NamedTuple):
 
     def loss(self, layer: Layer) -> Tensor:
         """‖output − truth‖² / ‖truth‖²."""
-        return (layer(self.q, self.k, self.v) - self.truth).square().sum() / self.truth.square().sum()
+        difference: Tensor = layer(self.q, self.k, self.v) - self.truth
+        return difference.square().sum() / self.truth.square().sum()
 
 
 def _judge(layer: Layer, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Error:

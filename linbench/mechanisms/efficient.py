@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,8 +18,9 @@ from linbench.mechanisms.cores.decay import decayed_attention
 from linbench.mechanisms.cores.features import Identity
 from linbench.mechanisms.cores.scans import Run, Space, head_parts, max_scan_, runs, scan_, scan_gradient_
 from linbench.mechanisms.cores.segments import State, recurrent
-from linbench.mechanisms.cores.slabs import CHUNK, head_groups, slab_tokens
+from linbench.mechanisms.cores.slabs import CHUNK
 from linbench.mechanisms.cores.streams import Keys, Queries, pool, read
+from linbench.mechanisms.cores.token_softmax import TokenSoftmax
 
 ELEMENTS = 2**16
 """Tokens times channels of a run in which sums over the past are made."""
@@ -86,7 +85,7 @@ class Efficient(Mechanism):
         if self.scaling:
             products = pool(lambda tokens, shared: Keys(*tokens), (k, v)).products / k.shape[-2]
             return read(lambda tokens, shared: Queries(*tokens), (q,), products, dtype=v.dtype)
-        out: Tensor = _Maps.apply(*(x.flatten(0, 1) for x in (q, k, v)))  # type: ignore[no-untyped-call]
+        out: Tensor = TokenSoftmax.apply(*(x.flatten(0, 1) for x in (q, k, v)))  # type: ignore[no-untyped-call]
         return out.view(*q.shape[:2], *out.shape[1:])
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -159,91 +158,6 @@ class Efficient(Mechanism):
         if not self.causal:
             return None
         return sum(part.nbytes for part in self.initial_state(1, torch.device("cpu"), dtype))
-
-
-class _Maps(torch.autograd.Function):
-    """``apply(q, k, v)``: softmax(q) R with R = softmax(k)ᵀv ``[D, M]`` of every head, without a mask; ``[G, N, ·]``.
-
-    Kept are R and the logarithm of the sum of e^k in every channel; both softmaxes are computed again in the backward,
-    slab by slab. What a softmax over all tokens adds to its gradient is ⟨R, dR⟩ of the channel, so that it needs no
-    pass of its own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        level = k.amax(1, keepdim=True).to(compute_dtype(q))
-        total, maps = torch.zeros_like(level), level.new_zeros(len(k), k.shape[-1], v.shape[-1])
-        out = torch.empty(*q.shape[:2], v.shape[-1], dtype=v.dtype, device=v.device)
-        memory: dict[torch.Size, Tensor] = {}
-        for slab in _slabs(k):
-            part = slab.of(k, level.dtype)
-            weights = torch.sub(part, level[slab.heads], out=_reused(memory, part)).exp_()
-            maps[slab.heads].baddbmm_(weights.mT, slab.of(v, level.dtype))
-            total[slab.heads] += weights.sum(1, keepdim=True)
-        # the largest key of a channel adds one to its total
-        maps.div_(total.mT)
-        for slab in _slabs(q):
-            part = slab.of(q, level.dtype)
-            slab.put(out, torch.bmm, torch.softmax(part, -1, out=_reused(memory, part)), maps[slab.heads])
-        ctx.save_for_backward(q, k, v, maps, level.add_(total.log_()))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, maps, level = ctx.saved_tensors
-        q_grad, k_grad, v_grad = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        maps_grad = torch.zeros_like(maps)
-        for slab in _slabs(q):
-            weights, out_grad = slab.of(q, level.dtype).softmax(-1), slab.of(grad, level.dtype)
-            maps_grad[slab.heads].baddbmm_(weights.mT, out_grad)
-            weights_grad = torch.bmm(out_grad, maps[slab.heads].mT)
-            weights_grad.sub_(torch.linalg.vecdot(weights, weights_grad)[..., None])
-            slab.put(q_grad, torch.mul, weights_grad, weights)
-        shares = torch.linalg.vecdot(maps, maps_grad)[:, None]
-        for slab in _slabs(k):
-            weights, part = (slab.of(k, level.dtype) - level[slab.heads]).exp_(), maps_grad[slab.heads]
-            slab.put(v_grad, torch.bmm, weights, part)
-            weights_grad = torch.bmm(slab.of(v, level.dtype), part.mT).sub_(shares[slab.heads])
-            slab.put(k_grad, torch.mul, weights_grad, weights)
-        return q_grad, k_grad, v_grad
-
-
-def _reused(memory: dict[torch.Size, Tensor], like: Tensor) -> Tensor:
-    """Memory of that shape, with old contents: the pages of a new tensor cost as much as what is written to them."""
-    if like.shape not in memory:
-        memory[like.shape] = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return memory[like.shape]
-
-
-@dataclass(frozen=True)
-class _Slab:
-    """Some heads and a run of tokens of ``[G, N, ·]``."""
-
-    heads: slice
-    tokens: slice
-
-    def of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Its part in ``dtype``."""
-        return x[self.heads, self.tokens].to(dtype)
-
-    def put(self, x: Tensor, operation: Callable[..., Tensor], *operands: Tensor) -> None:
-        """Store the result of an operation, without a copy where no rounding is needed."""
-        target = x[self.heads, self.tokens]
-        if target.dtype == operands[0].dtype:
-            operation(*operands, out=target)
-        else:
-            target.copy_(operation(*operands))
-
-
-def _slabs(x: Tensor) -> Iterator[_Slab]:
-    """All of ``[G, N, ·]`` in slabs that fit the cache."""
-    heads, length, width = x.shape
-    most = 2 * slab_tokens(width, x.device)
-    for group in head_groups(heads, length, most):
-        run = max(most // (group.stop - group.start), 1)
-        for first in range(0, length, run):
-            yield _Slab(group, slice(first, first + run))
 
 
 class _Past(torch.autograd.Function):

@@ -12,8 +12,9 @@ from linbench.report.points import make_points
 from linbench.report.sections import fit_section, rank_section, target_section
 
 FIT = Fit(
-    protocol=2, steps=3, selected_step=2, learning_rate=0.1, parameters=1234, own_parameters=5, first_loss=1.0, last_loss=0.5,
-    initial_error=0.5, initial_skill=0.25, fitted_error=0.125, fitted_skill=0.875, trivial_error=1.0,
+    protocol=2, steps=3, selected_step=2, learning_rate=0.1, parameters=1234, own_parameters=5,
+    first_loss=1.0, last_loss=0.5, initial_error=0.5, initial_skill=0.25,
+    fitted_error=0.125, fitted_skill=0.875, trivial_error=1.0,
 )  # fmt: skip
 STRUCTURE = Structure(
     protocol=1, rows=9, rows_total=9, largest_rank=8, output_effective_rank=2.5, output_numerical_rank=3.0,

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from linbench.mechanisms.cores.features import FeatureMap
 from linbench.mechanisms.cores.slabs import (
+    Memory,
     Slab,
     Weights,
     decay_weights,
@@ -109,11 +110,15 @@ def add_product(total: Tensor, weight: Tensor | None, left: Tensor, right: Tenso
 
 
 class Weighing:
-    """Makes the :class:`Weights` of slabs; those that depend on the slab's shape alone are made once."""
+    """Makes the :class:`Weights` of slabs; those that depend on the slab's shape alone are made once.
+
+    Also has the memory for features of a slab.
+    """
 
     def __init__(self, operator: Operator) -> None:
         self.operator = operator
         self.made: dict[tuple[int, int, int, int], Weights] = {}
+        self.query_memory, self.key_memory = Memory(), Memory()
 
     def __call__(
         self, slab: Slab, log_scale: Tensor | None, before: Tensor | None, like: Tensor
@@ -139,8 +144,8 @@ def make_block(slab: Slab, inputs: tuple[Tensor, Tensor, Tensor], past: Checkpoi
     if operator.normalised:
         v = with_ones(v)
     features = operator.features.at(slab)
-    q_features, _ = features.features(q)
-    k_features, log_scale = features.features(k)
+    q_features, _ = features.features(q, weigh.query_memory)
+    k_features, log_scale = features.features(k, weigh.key_memory)
     weights, largest = weigh(slab, log_scale, past.largest, v)
     products = torch.bmm(q, k.mT) if features.paired else None
     scores = torch.bmm(q_features, k_features.mT) if products is None else features.pair_weights(products)

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from linbench.mechanisms.cores.slabs import CHUNK, Slab
+from linbench.mechanisms.cores.exponential import exp_
+from linbench.mechanisms.cores.slabs import CHUNK, Memory, Slab, taken
 
 
 class FeatureMap(ABC):
@@ -23,7 +24,6 @@ class FeatureMap(ABC):
     """C of the causal form: what is fastest on a CPU, or a block of the operator."""
     scaled: ClassVar[bool] = False
     """Whether there is a log scale."""
-    _memory: Tensor | None = None
     paired: bool = False
     """Whether the weights inside a chunk come from :meth:`pair_weights` instead of φ(q)·φ(k)."""
 
@@ -36,19 +36,13 @@ class FeatureMap(ABC):
         return self
 
     @abstractmethod
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features ``[..., L, F]`` and log scales ``[..., L]`` or None. May return ``x`` itself; never changes it."""
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Tensor | None]:
+        """Features ``[..., L, F]`` and log scales ``[..., L]`` or None. May return ``x`` itself; never changes it.
 
-    def memory(self, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """Where ``out=`` of a map may write what it needs no longer than its call; None where autograd records it.
-
-        The same for every slab: the pages of a new tensor cost more than what is written to them.
+        Args:
+            x: ``[..., L, D]``.
+            memory: where to write them, for callers that need them no longer than the next ones, and no autograd.
         """
-        if torch.is_grad_enabled() and x.requires_grad:
-            return None
-        if self._memory is None or self._memory.shape != shape or self._memory.dtype != x.dtype:
-            self._memory = x.new_empty(shape)
-        return self._memory
 
     @abstractmethod
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, of_keys: bool) -> Tensor:
@@ -74,7 +68,7 @@ class Identity(FeatureMap):
         """D."""
         return key_dim
 
-    def features(self, x: Tensor) -> tuple[Tensor, None]:
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """``x`` itself."""
         return x, None
 
@@ -94,10 +88,10 @@ class EluPlusOne(FeatureMap):
         """D."""
         return key_dim
 
-    def features(self, x: Tensor) -> tuple[Tensor, None]:
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """Positive features, no scale."""
-        positive = torch.clamp(x, min=0, out=self.memory(x, x.shape))
-        return x.clamp(max=0).exp_().add_(positive), None
+        positive = torch.clamp(x, min=0, out=taken(memory, "positive", x))
+        return exp_(torch.clamp(x, max=0, out=taken(memory, "features", x))).add_(positive), None
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, of_keys: bool) -> Tensor:
         """``grad · min(φ, 1)``."""
@@ -123,12 +117,13 @@ class PositiveRandomFeatures(FeatureMap):
         """The rows of the projection."""
         return len(self.projection)
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Tensor]:
         """Features in (0, 1] and the log scale of every token."""
-        logits = torch.matmul(x, self.projection.T)
+        out = taken(memory, "features", x, *x.shape[:-1], len(self.projection))
+        logits = torch.matmul(x, self.projection.T, out=out)
         largest = logits.amax(-1, keepdim=True)
         half_norm = torch.linalg.vecdot(x, x) * (0.5 * self.root_scale**2)
-        return logits.sub_(largest).exp_(), largest.squeeze(-1).sub_(half_norm)
+        return exp_(logits.sub_(largest)), largest.squeeze(-1).sub_(half_norm)
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, of_keys: bool) -> Tensor:
         """``Σ_r g_r (w_r − x̃)`` with g = grad ∘ φ. For queries Σ_r g_r = 0: the output ignores their norm."""
@@ -153,7 +148,7 @@ class UnitAndOne(FeatureMap):
         """D + 1."""
         return key_dim + 1
 
-    def features(self, x: Tensor) -> tuple[Tensor, None]:
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """Entries in [−1, 1]."""
         return torch.nn.functional.pad(unit(x).mul_(self.length), (0, 1), value=1.0), None
 
@@ -171,10 +166,11 @@ class SplitSoftmax(FeatureMap):
         """2D."""
         return 2 * key_dim
 
-    def features(self, x: Tensor) -> tuple[Tensor, None]:
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """Entries in [0, 1] whose sum is two."""
-        both = torch.stack((x, x.neg()), -2, out=self.memory(x, (*x.shape[:-1], 2, x.shape[-1])))
-        return both.softmax(-1).flatten(-2), None
+        shape = (*x.shape[:-1], 2, x.shape[-1])
+        both = torch.stack((x, x.neg()), -2, out=taken(memory, "both", x, *shape))
+        return torch.softmax(both, -1, out=taken(memory, "features", x, *shape)).flatten(-2), None
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, of_keys: bool) -> Tensor:
         """The derivative p ∘ (g − ⟨g, p⟩) of each softmax, the second one negated."""
@@ -198,7 +194,7 @@ class RandomFourier(FeatureMap):
         """Two for every row of the projection."""
         return 2 * len(self.projection)
 
-    def features(self, x: Tensor) -> tuple[Tensor, None]:
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """Entries in [−1, 1]."""
         angles = torch.matmul(x, self.projection.T)
         return torch.cat([angles.sin(), angles.cos()], -1), None
@@ -231,7 +227,7 @@ class Turned(FeatureMap):
         inside = self.turns[:, slab.tokens].view(2, slab.chunks, slab.length, 1)
         return Turned(self.horizon, inside.repeat(1, slab.heads.stop - slab.heads.start, 1, 1))
 
-    def features(self, x: Tensor) -> tuple[Tensor, None]:
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """Two scaled copies."""
         cos, sin = self.turns
         return torch.cat([x * cos, x * sin], -1), None

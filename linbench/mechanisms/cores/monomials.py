@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linbench.mechanisms.cores.features import FeatureMap
-from linbench.mechanisms.cores.slabs import CHUNK
+from linbench.mechanisms.cores.slabs import CHUNK, Memory
 
 LONG_CHUNK = 256
 """Tokens per chunk where a state has several hundred features: each chunk reads and writes a whole one."""
@@ -130,7 +130,7 @@ class TaylorFeatures(FeatureMap):
         """C(d + order, order)."""
         return self.monomials.width
 
-    def features(self, x: Tensor) -> tuple[Tensor, None]:
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """Transposed in memory."""
         return self.monomials.expand(self._variables(x)).mT, None
 
@@ -186,7 +186,7 @@ class SketchedPower(FeatureMap):
         """r(r + 1)/2."""
         return self.monomials.width
 
-    def features(self, x: Tensor) -> tuple[Tensor, None]:
+    def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """The distinct entries of f(x)f(x)ᵀ, transposed in memory."""
         return self.monomials.expand(self.sketch(x).mT.contiguous()).mT, None
 

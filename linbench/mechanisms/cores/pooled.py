@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linbench.mechanisms.cores.chunked import Operator, compute_dtype, guarded
-from linbench.mechanisms.cores.slabs import Slab, head_groups, slab_tokens, slabs, times
+from linbench.mechanisms.cores.slabs import Memory, Slab, head_groups, slab_tokens, slabs, times
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ def pieces(x: Tensor, heads: slice, features: int) -> Iterator[Slab]:
     return slabs(heads, x.shape[1], length, length)
 
 
-def pool(k: Tensor, v: Tensor, heads: slice, operator: Operator, dtype: torch.dtype) -> Pool:
+def pool(k: Tensor, v: Tensor, heads: slice, operator: Operator, memory: Memory) -> Pool:
     """Pool the keys of some heads."""
-    features = operator.features
+    features, dtype = operator.features, compute_dtype(k)
     width = features.width(k.shape[-1])
     state = v.new_zeros(heads.stop - heads.start, width, v.shape[-1], dtype=dtype)
     total = state.new_zeros(*state.shape[:2], 1) if operator.normalised else None
     so_far = Pool(heads, state, total, None)
     for slab in pieces(k, heads, width):
-        k_features, log_scale = features.at(slab).features(slab.read(k, dtype))
+        k_features, log_scale = features.at(slab).features(slab.read(k, dtype), memory)
         if log_scale is not None:
             largest = log_scale.amax(-1)
             if so_far.largest is not None:
@@ -84,16 +84,18 @@ class PooledAttention(torch.autograd.Function):
         features = operator.features
         dtype, width = compute_dtype(q), features.width(q.shape[-1])
         out = v.new_empty(*q.shape[:2], v.shape[-1])
-        inverse = v.new_empty((*q.shape[:2], 1) if operator.normalised else 0, dtype=dtype)
-        pools = []
+        differentiated = any(ctx.needs_input_grad)
+        inverse = v.new_empty((*q.shape[:2], 1) if operator.normalised and differentiated else 0, dtype=dtype)
+        pools, memory = [], Memory()
         for heads in head_groups(len(q), max(q.shape[1], k.shape[1]), slab_tokens(width, q.device)):
-            pooled = pool(k, v, heads, operator, dtype)
+            pooled = pool(k, v, heads, operator, memory)
             for slab in pieces(q, heads, width):
-                q_features, _ = features.at(slab).features(slab.read(q, dtype))
+                q_features, _ = features.at(slab).features(slab.read(q, dtype), memory)
                 row_inverse = None
                 if pooled.total is not None:
                     row_inverse = guarded(torch.bmm(q_features, pooled.total).add_(operator.offset)).reciprocal_()
-                    slab.write(inverse, row_inverse)
+                    if differentiated:
+                        slab.write(inverse, row_inverse)
                 slab.fill(out, _scaled_product, q_features, pooled.state, row_inverse)
             pools.append(pooled)
         ctx.save_for_backward(q, k, v, out, inverse)
@@ -106,14 +108,14 @@ class PooledAttention(torch.autograd.Function):
         """Pass the queries to collect the gradient of S and z, then hand it to the keys."""
         q, k, v, out, inverse = ctx.saved_tensors
         features, dtype = ctx.operator.features, inverse.dtype
-        width = features.width(q.shape[-1])
+        width, memory = features.width(q.shape[-1]), Memory()
         q_grad, k_grad, v_grad = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for pooled in ctx.pools:
             state_grad = torch.zeros_like(pooled.state)
             total_grad = None if pooled.total is None else torch.zeros_like(pooled.total)
             for slab in pieces(q, pooled.heads, width):
                 here, x = features.at(slab), slab.read(q, dtype)
-                x_features, _ = here.features(x)
+                x_features, _ = here.features(x, memory)
                 output_grad = slab.read(grad, dtype)
                 if pooled.total is None or total_grad is None:
                     feature_grad = torch.bmm(output_grad, pooled.state.mT)
@@ -126,7 +128,7 @@ class PooledAttention(torch.autograd.Function):
                 slab.write(q_grad, here.gradient(x, x_features, feature_grad, of_keys=False))
             for slab in pieces(k, pooled.heads, width):
                 here, x = features.at(slab), slab.read(k, dtype)
-                x_features, log_scale = here.features(x)
+                x_features, log_scale = here.features(x, memory)
                 weight = pooled.entering(log_scale)
                 feature_grad = torch.bmm(slab.read(v, dtype), state_grad.mT)
                 if total_grad is not None:

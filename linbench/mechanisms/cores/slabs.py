@@ -29,6 +29,31 @@ def slab_tokens(features: int, device: torch.device) -> int:
     return max(elements // (features + 192), 1)
 
 
+class Memory:
+    """Where slabs write what they need no longer than the next one.
+
+    The pages of a new tensor cost as much as what is written to them.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Contiguous and with old contents, the same for the same name and shape; without a shape, that of ``like``.
+
+        ``like`` gives dtype and device, which stay the same in one memory.
+        """
+        key = (name, shape or tuple(like.shape))
+        if key not in self._taken:
+            self._taken[key] = like.new_empty(key[1])
+        return self._taken[key]
+
+
+def taken(memory: Memory | None, name: str, like: Tensor, *shape: int) -> Tensor | None:
+    """:meth:`Memory.take` for ``out=``; None, which is a new tensor, where there is no memory."""
+    return None if memory is None else memory.take(name, like, *shape)
+
+
 @dataclass(frozen=True)
 class Slab:
     """Some heads and a run of ``chunks`` whole chunks of ``length`` tokens."""
