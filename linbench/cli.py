@@ -25,6 +25,7 @@ VERBS = {
     "run": "measure a sweep: linbench run +sweep=smoke",
     "plan": "show what a sweep would measure, what it costs and what is left out, without running it",
     "check": "try to refute a mechanism: causality, gradients, strides, costs, what it claims: linbench check NAME",
+    "capture": "keep q, k, v of a Hugging Face model on a text: linbench capture MODEL --text FILE --out FILE",
     "report": "build the report of results files or folders",
     "list": "show mechanisms, inputs, sweeps, measures and devices",
     "doctor": "say whether this machine is fit to measure",
@@ -64,7 +65,7 @@ def _dispatch(argv: list[str]) -> int:
         from linbench.hydra_front import compose_and_call
 
         return compose_and_call(run if verb == "run" else plan, verb, rest)
-    others = {"check": check, "report": report, "list": list_choices, "doctor": doctor}
+    others = {"check": check, "capture": capture, "report": report, "list": list_choices, "doctor": doctor}
     if verb in others:
         return others[verb](rest)
     raise UsageError(f"unknown verb '{verb}'; choose from {', '.join(VERBS)}")
@@ -156,6 +157,23 @@ def check(argv: list[str]) -> int:
         time_limit_s=options.time_limit_s,
     )
     return check_all(options.names, request, as_json=options.json)
+
+
+def capture(argv: list[str]) -> int:
+    """A model and a text → a file of q, k, v."""
+    from linbench.capture import Request, capture
+
+    parser = _Parser(prog="linbench capture", description=VERBS["capture"])
+    parser.add_argument("model", metavar="MODEL", help="a folder with a Hugging Face model, or its name on the hub")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8, one text each")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument("--layers", type=int, nargs="+", help="counted from 0 (default: first, middle, last)")
+    parser.add_argument("--heads", type=int, nargs="+", help="of the queries, counted from 0 (default: all)")
+    parser.add_argument("--tokens", type=int, help="of each text (default: as many as the shortest has)")
+    options = parser.parse_args(argv)
+    asked = Request(options.model, options.text, options.out, options.layers, options.heads, options.tokens)
+    print(capture(asked))
+    return 0
 
 
 def report(argv: list[str]) -> int:

@@ -119,7 +119,7 @@ def _sorted(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while waiting:
         word = waiting.pop(0)
         if not word.startswith("-"):
-            overrides.append(word)
+            overrides += _traced(word)
         elif word in ("--info", "-i"):
             flags += [word, waiting.pop(0) if waiting and waiting[0] in INFO_KINDS else "all"]
         elif word in FLAGS_WITH_VALUE:
@@ -129,6 +129,15 @@ def _sorted(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             flags.append(word)
     return flags, [*_opened(overrides), *_joining(overrides)]
+
+
+def _traced(word: str) -> list[str]:
+    """``inputs=FILE.safetensors`` is the family of captured inputs with that file."""
+    key, _, value = word.partition("=")
+    if key != "inputs" or not value.endswith(".safetensors"):
+        return [word]
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return ["inputs=trace", f"inputs.trace.file='{quoted}'"]
 
 
 def _opened(overrides: Sequence[str]) -> list[str]:

@@ -158,6 +158,9 @@ STARTUP_S = 0.3
 SEQUENTIAL_STEP_S = 1.5e-4
 """One token of a reference that walks them: a handful of small operations."""
 WARMUP_CALLS = 3
+FEWEST_SAMPLES = 10
+LONGEST_BUDGETS = 4
+"""The three as in :mod:`linbench.measure.clock`, which this module may not import."""
 
 
 def estimate_seconds(cell: Cell, prospect: Prospect, rates: Rates, measures: dict[str, dict[str, Scalar]]) -> float:
@@ -173,19 +176,30 @@ def estimate_seconds(cell: Cell, prospect: Prospect, rates: Rates, measures: dic
         reference = cell.length * step * (1 if cell.pass_ == "forward" else 4)
     seconds = STARTUP_S + call + reference
     if (speed := measures.get("speed")) is not None:
-        least, most = float(speed.get("min_samples") or 10) * call, float(speed.get("max_samples") or 200) * call
-        seconds += WARMUP_CALLS * call + max(least, min(float(speed.get("budget_s") or 3), most))
+        seconds += WARMUP_CALLS * call + _sampling_seconds(call, speed)
     if (memory := measures.get("memory")) is not None:
         seconds += float(memory.get("repeats") or 3) * call
     if (error := measures.get("error")) is not None:
         whole = cell.length <= float(error.get("full_up_to_tokens") or 0)
         rows = cell.length if whole else float(error.get("rows") or 512)
         seconds += call + rows * wide / (rates.flops_per_s / 4)
+        if cell.pass_ != "forward" and cell.length <= float(error.get("gradient_tokens") or 0):
+            seconds += call + 3 * cell.length * wide / (rates.flops_per_s / 4)
+    if (structure := measures.get("structure")) is not None:
+        probes = cell.length / cell.value_dim if float(structure.get("map_rows") or 0) else 0
+        seconds += probes * call + cell.length * wide / (rates.flops_per_s / 4)
     if (fit := measures.get("fit")) is not None:
         forward = prospect.cost.flops / (1 if cell.pass_ == "forward" else 3) / rates.flops_per_s
         exact = cell.length * wide / rates.flops_per_s
         seconds += float(fit.get("steps") or 300) * (4 * forward + exact) / SUSTAINED_SHARE
     return seconds
+
+
+def _sampling_seconds(call: float, speed: dict[str, Scalar]) -> float:
+    """What the clock allows itself for calls of ``call`` seconds."""
+    budget = float(speed.get("budget_s") or 3)
+    least, most = float(speed.get("min_samples") or 30) * call, float(speed.get("max_samples") or 1000) * call
+    return max(min(least, LONGEST_BUDGETS * budget), FEWEST_SAMPLES * call, min(budget, most))
 
 
 def backstop(failed: Cell, status: Status, reason: str, remaining: Iterable[Step]) -> Iterator[tuple[str, Skip]]:

@@ -5,6 +5,8 @@ Schema history (the number is in every line that is written; readers keep every 
 1. First version: a ``run`` line with the environment, then one ``cell`` line for each cell.
 2. ``cost`` says how time and memory are claimed to grow; ``error`` judges against the mechanism's own target where it
    has one; blocks ``fit``, ``structure`` and ``kernel``.
+3. ``speed`` says whether the warm-up became steady; ``error`` has positions, gradients and seeds; ``structure`` has the
+   implied attention map.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linbench.cell import Cell
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Status(StrEnum):
@@ -83,6 +85,9 @@ class Speed(Block):
     clock: Literal["perf_counter", "cuda_event"]
     warmup_ms: list[float]
     """The calls before the samples, in order; the first one holds compilation and first touches."""
+    warmup_stop: Literal["steady", "limit"] | None = None
+    """Whether the calls had become steady before the first sample, or the warm-up ran into its limit; null in records
+    that did not ask."""
     samples_ms: list[float]
     """Milliseconds of one call each (of the mean call, when ``calls_per_sample`` is above 1), in order."""
     calls_per_sample: int
@@ -102,6 +107,17 @@ class Memory(Block):
     samples_bytes: list[int]
     inputs_bytes: int
     """Bytes of q, k, v and extras, and of the output's gradient where the pass reads one: not in the increment."""
+
+
+class PositionError(Block):
+    """The relative error of the queries in one part of the sequence."""
+
+    first_token: int
+    """Position of the first query, counted from 0."""
+    last_token: int
+    rows: int
+    """How many of them were judged."""
+    relative_error: float
 
 
 class Error(Block):
@@ -134,6 +150,14 @@ class Error(Block):
     unit keys, say; null for all others."""
     target_trivial_error: float | None = None
     """That of the mean of the visible values, against the same target."""
+    by_position: list[PositionError] = Field(default_factory=list)
+    """The relative error by where the query stands (protocol 2)."""
+    gradient_errors: dict[str, float] = Field(default_factory=dict)
+    """Relative errors of ``dq``, ``dk`` and ``dv`` against the gradients of exact softmax attention towards the same
+    output gradient, where the pass has a backward and the sequence is not too long (protocol 2)."""
+    seed_errors: list[float] = Field(default_factory=list)
+    """Relative errors with several seeds of the mechanism, this cell's first, all on one sample of rows; empty where
+    seeds make no difference, or none were asked for (protocol 2)."""
 
 
 class Fit(Block):
@@ -169,8 +193,48 @@ class Fit(Block):
     """Relative error of the mean of the visible values."""
 
 
+class AttentionMap(Block):
+    """Rows of the matrix that the mechanism applies to the values, beside those of exact softmax.
+
+    Means over the sampled rows, batch elements and heads.
+    """
+
+    rows: int
+    """Query positions whose rows were looked at."""
+    rows_total: int
+    per_channel: bool
+    """Whether every channel of a head has a matrix of its own; means are over these too."""
+    residual: float
+    """Relative distance of that matrix times v and the mechanism's output, at these rows."""
+    row_sum_mean: float
+    row_sum_min: float
+    row_sum_max: float
+    negative_mass: float
+    """Sum of the sizes of negative weights over that of all weights."""
+    entropy_nats: float | None = None
+    """Of a row; null unless all rows are distributions."""
+    exact_entropy_nats: float
+    """That of exact softmax: the gap to it is what the map is too flat or too sharp."""
+    divergence_nats: float | None = None
+    """Kullback-Leibler divergence of the map's row from that of softmax; null unless all rows are distributions."""
+    total_variation: float
+    """Half the sum of the sizes of the differences of a row to that of softmax."""
+    top: int
+    top_overlap: float | None = None
+    """Share of the ``top`` largest weights of softmax that are among as many of the map, over rows that see twice as
+    many keys; null where no row does."""
+    effective_rank: float
+    """Of the matrix of the sampled rows; see ``linbench/measure/ranks.py``."""
+    numerical_rank: float
+    exact_effective_rank: float
+    exact_numerical_rank: float
+    distance_tokens: float
+    """Mean number of tokens between query and key, weighted by the sizes of the weights."""
+    exact_distance_tokens: float
+
+
 class Structure(Block):
-    """How many dimensions the output of a head has, beside that of exact softmax; means over heads."""
+    """How many dimensions the output of a head has, beside that of exact softmax, and the map; means over heads."""
 
     protocol: int
     """Version of the definition in ``linbench/measure/structure.py``."""
@@ -185,6 +249,10 @@ class Structure(Block):
     exact_effective_rank: float
     """The same of exact softmax attention."""
     exact_numerical_rank: float
+    attention: AttentionMap | None = None
+    """The attention map that the mechanism implies (protocol 2); null where it has none or none was asked for."""
+    attention_reason: str | None = None
+    """Why there is none, where it was asked for."""
 
 
 class Kernel(Block):

@@ -9,7 +9,7 @@ import importlib
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from linbench.cell import Scalar
+from linbench.cell import Cell, Scalar
 from linbench.errors import UsageError
 from linbench.parameters import checked
 
@@ -154,3 +154,22 @@ def build(
         raise UsageError(f"{name} has no implementation '{implementation}'; choose from {choices}")
     values = checked(cls.hyperparameters(), hyperparameters, f"mechanism.{name}", "hyperparameters")
     return cls(Geometry(heads, key_dim, value_dim, causal, implementation, seed), **values)
+
+
+def of_cell(cell: Cell, *, seed: int | None = None) -> Mechanism:
+    """The cell's mechanism in the cell's implementation, with another seed where one is given.
+
+    Raises:
+        UsageError: as :func:`build`.
+    """
+    return build(
+        cell.mechanism,
+        heads=cell.heads,
+        key_dim=cell.head_dim,
+        value_dim=cell.value_dim,
+        causal=cell.causal,
+        implementation=cell.implementation,
+        seed=cell.seed if seed is None else seed,
+        target=cell.target,
+        **cell.hyperparameters,
+    )

@@ -26,6 +26,7 @@ from linbench.limits import die_with_parent, limit_memory
 from linbench.measure.call import Call
 from linbench.measure.check import check, check_rows
 from linbench.measure.error import NonFiniteOutputError, UndefinedError
+from linbench.measure.honesty import DishonestTimingError
 from linbench.measure.memory import UnmeasurableMemoryError
 from linbench.mechanisms.base import Mechanism
 from linbench.plan import Prospect, Rates
@@ -88,7 +89,7 @@ def measure(request: MeasureRequest, enter: Callable[[str], None]) -> Outcome:
             status, reason = Status.INCORRECT, block.finding
         kept = blocks if status in MEASURED else {}
         return Outcome(status=status, reason=reason, check=block, stages_s=stages.leave(), **kept)
-    except NonFiniteOutputError as error:  # in a row that the check did not sample
+    except (NonFiniteOutputError, DishonestTimingError) as error:  # what the check did not see
         failed = block.model_copy(update={"passed": False, "finding": str(error)})
         return Outcome(status=Status.INCORRECT, reason=str(error), check=failed, stages_s=stages.leave())
     except Exception as error:
@@ -123,7 +124,7 @@ def examine(request: ExamineRequest, enter: Callable[[str], None]) -> Examined:
 def prepare(cell: Cell) -> Call:
     """Build the mechanism, draw the inputs, move both to the device."""
     device = torch.device(cell.device, int(cell.device_parameters.get("index") or 0))
-    mechanism = build(cell).to(device)
+    mechanism = registry.of_cell(cell).to(device)
     backward = cell.pass_ != "forward"
     q, k, v = (tensor.to(device).requires_grad_(backward) for tensor in inputs.draw(cell))
     generator = torch.Generator().manual_seed(int(digest(["extras", cell.seed]), 16) % 2**63)
@@ -133,21 +134,6 @@ def prepare(cell: Cell) -> Call:
         shape = (cell.batch, cell.heads, cell.length, cell.value_dim)
         gradient = torch.randn(shape, generator=generator).to(device, v.dtype)
     return Call(cell, mechanism, q, k, v, extras, gradient)
-
-
-def build(cell: Cell) -> Mechanism:
-    """The cell's mechanism in the cell's implementation."""
-    return registry.build(
-        cell.mechanism,
-        heads=cell.heads,
-        key_dim=cell.head_dim,
-        value_dim=cell.value_dim,
-        causal=cell.causal,
-        implementation=cell.implementation,
-        seed=cell.seed,
-        target=cell.target,
-        **cell.hyperparameters,
-    )
 
 
 def foresee(request: ForeseeRequest) -> Foresight:
@@ -167,12 +153,14 @@ def _prospect(cell: Cell, request: ForeseeRequest) -> Prospect:
             choices = ", ".join(cls.implementations())
             reason = f"{cell.mechanism} has no implementation '{cell.implementation}', only {choices}"
             return Prospect(unsupported=reason, code="none")
-        mechanism = build(cell)
+        mechanism = registry.of_cell(cell)
         lacking = mechanism.unsupported(cell) or inputs.unsupported(cell)
         family = cell.inputs_target or inputs.families()[cell.inputs].replace(":", ".")
         modules = [cls.__module__, family.rpartition(".")[0], "linbench.measure.check"]
         modules += [wanted.target.rpartition(".")[0] for wanted in request.measures.values()]
         made_with = [source_hash(modules), torch.__version__, request.threads, _settings(request.measures)]
+        if (data := inputs.fingerprint(cell)) is not None:
+            made_with.append(data)
         if lacking:
             return Prospect(unsupported=lacking, code=digest(made_with))
         state = mechanism.state_bytes(cell.length, getattr(torch, cell.dtype))

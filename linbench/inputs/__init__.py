@@ -30,6 +30,7 @@ _FAMILIES = {
     "clustered": "linbench.inputs.clustered:clustered",
     "local": "linbench.inputs.local:local",
     "minilm": "linbench.inputs.captured:minilm",
+    "trace": "linbench.inputs.traces:trace",
 }
 
 
@@ -91,6 +92,13 @@ def unsupported(cell: Cell) -> str | None:
         return None
     reason: str | None = module.unsupported(cell)
     return reason
+
+
+def fingerprint(cell: Cell) -> str | None:
+    """What tells the family's data apart where it reads a file of the user's; None elsewhere."""
+    module, _ = _load(cell.inputs, cell.inputs_target)
+    found: str | None = module.fingerprint(cell) if hasattr(module, "fingerprint") else None
+    return found
 
 
 def another_draw(cell: Cell, index: int) -> Cell:

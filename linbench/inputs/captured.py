@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from linbench.cell import Cell
-from linbench.errors import UsageError
+from linbench.inputs.traces import Trace, opened
 
 DATA = Path(__file__).parent / "data"
-MINILM_TEXTS, MINILM_HEADS, MINILM_TOKENS, MINILM_DIM = 6, 6, 512, 32
-"""The shape of each tensor in ``data/minilm.safetensors``; held true by a test."""
 
 
 def minilm(
@@ -29,13 +26,12 @@ def minilm(
         layer: first, middle or last of the model's six layers, counted from 0.
         text: the first of the B texts.
     """
-    step = MINILM_HEADS // cell.heads
-    with safe_open(DATA / "minilm.safetensors", framework="pt") as file:
-        q, k, v = (
-            file.get_slice(f"layer{layer}.{name}")[text : text + cell.batch, :, : cell.length].float()[:, ::step]
-            for name in "qkv"
-        )
-    return q.contiguous(), k.contiguous(), v.contiguous()
+    return stored().read(cell, layer, text)
+
+
+def stored() -> Trace:
+    """The file."""
+    return opened(DATA / "minilm.safetensors")
 
 
 def unsupported(cell: Cell) -> str | None:
@@ -44,31 +40,19 @@ def unsupported(cell: Cell) -> str | None:
     Raises:
         UsageError: ``cell.heads`` does not divide the number of stored heads.
     """
-    if MINILM_HEADS % cell.heads:
-        choices = ", ".join(str(heads) for heads in range(1, MINILM_HEADS + 1) if MINILM_HEADS % heads == 0)
-        raise UsageError(f"heads={cell.heads}: inputs=minilm holds {MINILM_HEADS} heads; choose from {choices}")
-    if cell.length > MINILM_TOKENS:
-        return f"minilm holds {MINILM_TOKENS} tokens, not {cell.length}"
-    first = int(cell.inputs_parameters.get("text") or 0)
-    if first + cell.batch > MINILM_TEXTS:
-        return f"minilm holds {MINILM_TEXTS} texts, not {cell.batch}{f' from text {first} on' if first else ''}"
-    if cell.head_dim != MINILM_DIM:
-        return f"minilm has head_dim {MINILM_DIM}, not {cell.head_dim}"
-    if cell.value_dim != MINILM_DIM:
-        return f"minilm has value_dim {MINILM_DIM}, not {cell.value_dim}"
-    return None
+    stored().require_heads(cell, "minilm")
+    return stored().lacking(cell, _text(cell), "minilm")
 
 
 def another_draw(cell: Cell, index: int) -> Cell:
-    """The same of another text: 0 is the next one, and the others follow from 1 on, again and again.
+    """The same of another text; see :meth:`Trace.another_text`.
 
     Raises:
         UsageError: the cell takes several texts.
     """
-    if cell.batch > 1:
-        raise UsageError(f"batch={cell.batch}: other texts of minilm are drawn one at a time; set batch=1")
-    own = int(cell.inputs_parameters.get("text") or 0)
-    step = 1 if index == 0 else 2 + (index - 1) % (MINILM_TEXTS - 2)
-    return cell.model_copy(
-        update={"inputs_parameters": {**cell.inputs_parameters, "text": (own + step) % MINILM_TEXTS}}
-    )
+    text = stored().another_text(cell, _text(cell), index, "minilm")
+    return cell.model_copy(update={"inputs_parameters": {**cell.inputs_parameters, "text": text}})
+
+
+def _text(cell: Cell) -> int:
+    return int(cell.inputs_parameters.get("text") or 0)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Literal, NamedTuple
 
 import psutil
@@ -13,12 +14,17 @@ import torch
 from torch import Tensor
 
 from linbench.measure.call import Call
+from linbench.measure.honesty import require_honest
 from linbench.record import Speed
 from linbench.stats import median_interval
 
 StopReason = Literal["converged", "time_budget", "sample_limit"]
 WARMUP_CALLS = 3
 WARMUP_S = 0.1
+WARMUP_LIMIT_S = 1.0
+WINDOW = 5
+FEWEST_SAMPLES = 10
+LONGEST_BUDGETS = 4
 TICK_S = 0.01
 SHORTEST_SAMPLE_MS = 1.0
 """Shorter calls are timed several at once: the clock and its own call cost tens of nanoseconds."""
@@ -26,20 +32,25 @@ SHORTEST_SAMPLE_MS = 1.0
 
 def measure_speed(
     call: Call,
-    _output: Tensor,
+    output: Tensor,
     *,
-    min_samples: int = 10,
-    max_samples: int = 200,
-    precision: float = 0.02,
+    min_samples: int = 30,
+    max_samples: int = 1000,
+    precision: float = 0.01,
     budget_s: float = 3.0,
 ) -> Speed:
     """Time the cell's pass.
 
     After a warm-up, samples are taken until the 95 % interval of their median lies within ± ``precision`` of it, or
-    ``budget_s`` seconds or ``max_samples`` samples are reached; never fewer than ``min_samples``.
+    ``budget_s`` seconds or ``max_samples`` samples are reached. There are ``min_samples`` at least, unless a call is so
+    long that ``LONGEST_BUDGETS`` times the budget ends before: then as many as fit, but never fewer than
+    ``FEWEST_SAMPLES``. Afterwards the timed part has to show that it computes what it is timed for.
+
+    Raises:
+        DishonestTimingError: it does not; see :mod:`linbench.measure.honesty`.
     """
     timer = _cuda_events if call.q.is_cuda else _wall
-    warmup = _warm_up(call, timer)
+    warmup, warmup_stop = _warm_up(call, timer)
     expected = min(warmup[1:])
     calls = 1 if call.cell.pass_ != "forward" else max(1, math.ceil(SHORTEST_SAMPLE_MS / max(expected, 1e-4)))
     samples: list[float] = []
@@ -48,36 +59,57 @@ def measure_speed(
     stop: StopReason | None = None
     while stop is None:
         samples.append(timer(call, calls))
-        stop = _stop(samples, min_samples, max_samples, precision, time.perf_counter() - started > budget_s)
+        spent = (time.perf_counter() - started) / budget_s if budget_s else math.inf
+        stop = _stop(samples, min_samples, max_samples, precision, spent)
+    foreign = load.cores()
+    require_honest(call, output)
     return Speed(
         clock="cuda_event" if call.q.is_cuda else "perf_counter",
         warmup_ms=warmup,
+        warmup_stop=warmup_stop,
         samples_ms=samples,
         calls_per_sample=calls,
         stop=stop,
         threads=torch.get_num_threads(),
-        foreign_cpu_cores=load.cores(),
+        foreign_cpu_cores=foreign,
     )
 
 
-def _warm_up(call: Call, timer: Callable[[Call, int], float]) -> list[float]:
-    """At least ``WARMUP_CALLS`` calls, and more until ``WARMUP_S`` has passed."""
+def _warm_up(call: Call, timer: Callable[[Call, int], float]) -> tuple[list[float], Literal["steady", "limit"]]:
+    """Calls until they are steady, and at least ``WARMUP_CALLS`` calls and ``WARMUP_S`` seconds.
+
+    Steady: the median of the last ``WINDOW`` calls is within 5 % of that of as many before. Given up, and said, after
+    ``WARMUP_LIMIT_S`` seconds.
+    """
     started = time.perf_counter()
     times: list[float] = []
-    while len(times) < WARMUP_CALLS or (time.perf_counter() - started < WARMUP_S and len(times) < 100):
+    while True:
         times.append(timer(call, 1))
-    return times
+        spent = time.perf_counter() - started
+        if len(times) >= WARMUP_CALLS and spent >= WARMUP_S:
+            if _steady(times):
+                return times, "steady"
+            if spent >= WARMUP_LIMIT_S:
+                return times, "limit"
 
 
-def _stop(samples: list[float], least: int, most: int, precision: float, budget_spent: bool) -> StopReason | None:
-    if len(samples) < least:
+def _steady(times: list[float]) -> bool:
+    if len(times) < 2 * WINDOW:
+        return False
+    before, last = median(times[-2 * WINDOW : -WINDOW]), median(times[-WINDOW:])
+    return abs(last - before) <= 0.05 * before
+
+
+def _stop(samples: list[float], least: int, most: int, precision: float, budgets: float) -> StopReason | None:
+    """Whether to stop, after ``budgets`` times the budget."""
+    if len(samples) < least and not (len(samples) >= FEWEST_SAMPLES and budgets > LONGEST_BUDGETS):
         return None
     interval = median_interval(samples)
-    if (interval.high - interval.low) / 2 <= precision * interval.value:
+    if (interval.high - interval.low) / 2 <= precision * interval.value and len(samples) >= least:
         return "converged"
     if len(samples) >= most:
         return "sample_limit"
-    return "time_budget" if budget_spent else None
+    return "time_budget" if budgets > 1 else None
 
 
 def _wall(call: Call, calls: int) -> float:

@@ -1,6 +1,6 @@
 """The ``error`` measure: a mechanism's output against exact softmax attention.
 
-Protocol 1:
+Protocol 2 (1 had neither positions, gradients nor seeds, which change no older figure):
 
 * *Truth* is softmax(q·kᵀ/√D)·v with every product and sum in fp64, on q, k, v as they are rounded to the cell's dtype.
 * *Rows.* Up to ``full_up_to_tokens`` tokens, every query position is judged, in every batch element and head. Beyond,
@@ -18,20 +18,27 @@ Protocol 1:
 * *Skill* is 1 − error / trivial error, *excess* is error / exact error.
 * A *row's own error* is ‖prediction − truth‖ / ‖truth‖ of one position, head and batch element; quantiles are the
   smallest errors with at least that share of the weight at or below them, and ``max`` is the largest one judged.
+* *By position*, the relative error is given for parts of the sequence: from each power of two to the next for causal
+  attention, eighths otherwise.
+* *Gradients* (:mod:`linbench.measure.judge`), where the pass has a backward and the sequence is short enough for all of
+  exact attention's in fp64: the relative Frobenius error of dq, dk and dv, all towards the same output gradient. Zeros
+  have an error of one.
+* *Seeds*: where another seed of the mechanism gives another output, the relative error of several.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from linbench.measure.exact import exact_attention, same_dtype_attention
-from linbench.record import Error
+from linbench.record import Error, PositionError
 
-PROTOCOL = 1
+PROTOCOL = 2
 BOOTSTRAP_DRAWS = 2000
 QUANTILES = {"p05": 0.05, "p50": 0.50, "p95": 0.95, "p99": 0.99}
 
@@ -158,7 +165,23 @@ def measure_error(
         excess=relative_error / exact_error if exact_error > 0 else None,
         row_cosine_mean=_mean_cosine(prediction, truth, weights),
         row_error_quantiles=_row_quantiles(squares, truth_squares, weights),
+        by_position=_by_position(squares, truth_squares, sample, parts(length, causal)),
     )
+
+
+def parts(length: int, causal: bool) -> list[tuple[int, int]]:
+    """First positions of the parts in which errors are given, and those after their last."""
+    if causal:
+        edges = [0, *(2**power for power in range(length.bit_length()) if 2**power < length), length]
+    else:
+        edges = sorted({length * eighth // 8 for eighth in range(9)})
+    return list(pairwise(edges))
+
+
+def relative_error(output: Tensor, truth: Tensor, weights: Tensor) -> float:
+    """The relative error of the judged rows ``[B, H, R, M]``, for callers who have the truth already."""
+    squares = (output.double() - truth).square().sum(-1)
+    return _relative(squares, truth.square().sum(-1), weights)
 
 
 def _require_finite(output: Tensor) -> None:
@@ -189,6 +212,21 @@ def _interval(
     sums = terms[:, certain].sum(-1, keepdim=True) + drawn[:, picks].sum(-1)  # [2, draws]
     low, high = (sums[0] / sums[1]).sqrt().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def _by_position(
+    squares: Tensor, truth_squares: Tensor, sample: Sample, edges: list[tuple[int, int]]
+) -> list[PositionError]:
+    """Parts in which no row was judged, or the truth is zero, are left out."""
+    found = []
+    for first, end in edges:
+        inside = (sample.positions >= first) & (sample.positions < end)
+        weights = sample.weights[inside].to(squares.device)
+        inside = inside.to(squares.device)
+        if len(weights) and bool((truth_squares[..., inside] * weights).any()):
+            error = _relative(squares[..., inside], truth_squares[..., inside], weights)
+            found.append(PositionError(first_token=first, last_token=end - 1, rows=len(weights), relative_error=error))
+    return found
 
 
 def _mean_cosine(prediction: Tensor, truth: Tensor, weights: Tensor) -> float:

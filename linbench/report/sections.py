@@ -89,6 +89,48 @@ def rank_section(points: Points) -> Section | None:
     return Section("ranks", "Rank of the output", notes, grids) if grids else None
 
 
+def map_section(points: Points) -> Section | None:
+    """Implied attention maps beside those of exact softmax, and which mechanisms have none."""
+
+    def row(block: Structure) -> list[str]:
+        found = block.attention
+        if found is None:
+            return []
+        entropy = MISSING if found.entropy_nats is None else f"{found.entropy_nats:.2f}"
+        divergence = MISSING if found.divergence_nats is None else f"{found.divergence_nats:.2f}"
+        return [
+            f"{entropy} ({found.exact_entropy_nats:.2f})",
+            f"{found.total_variation:.2f}",
+            divergence,
+            MISSING if found.top_overlap is None else f"{found.top_overlap:.0%}",
+            f"{found.row_sum_min:.3g} … {found.row_sum_max:.3g}",
+            f"{found.negative_mass:.1%}",
+            f"{found.effective_rank:.1f} ({found.exact_effective_rank:.1f})",
+            f"{found.distance_tokens:.0f} ({found.exact_distance_tokens:.0f})",
+        ]
+
+    columns = ["Entropy, nats", "Total variation", "Divergence, nats", "Top keys found", "Row sums", "Negative"]
+    columns += ["Effective rank", "Distance, tokens"]
+    grids = _grids(points, lambda record: record.structure, row, columns)
+    notes = [
+        "The matrix that the mechanism applies to the values, probed with columns of the identity at sampled rows; "
+        "what exact softmax has stands in brackets. Entropy and divergence (from softmax) need rows that are "
+        "distributions. Total variation is half the sum of the sizes of the differences to softmax's row, “top keys "
+        "found” the share of softmax's largest weights among the largest of the map, “distance” the mean number of "
+        "tokens between query and key."
+    ]
+    names = variant_names(points.series)
+    reasons = {
+        f"{names[point.series]} ({record.structure.attention_reason})": None
+        for point in points.by_inputs
+        for record in point.measured
+        if record.structure is not None and record.structure.attention_reason is not None
+    }
+    if reasons:
+        notes.append(f"Without a map: {'; '.join(reasons)}.")
+    return Section("maps", "Attention maps", notes, grids) if grids else None
+
+
 def _grids(
     points: Points,
     block: Callable[[Record], Kind | None],

@@ -29,7 +29,10 @@ def stored():
 
 
 def test_the_file_holds_what_the_module_says(stored):
-    shape = (captured.MINILM_TEXTS, captured.MINILM_HEADS, captured.MINILM_TOKENS, captured.MINILM_DIM)
+    shape = (6, 6, 512, 32)
+    source = captured.stored()
+    assert (source.texts, source.heads, source.tokens, source.key_dim) == shape
+    assert source.layers == LAYERS
     assert set(stored.keys()) == {f"layer{layer}.{name}" for layer in LAYERS for name in "qkv"}
     for name in stored.keys():  # noqa: SIM118 (not a mapping)
         assert stored.get_tensor(name).shape == shape
@@ -63,7 +66,7 @@ def test_layers_texts_and_heads_differ():
     assert not torch.equal(middle[0], last[0])
     q = middle[0]
     assert not torch.equal(q[0], q[1])
-    texts = [draw(cell(batch=1, inputs_parameters={"text": text}))[0] for text in range(captured.MINILM_TEXTS)]
+    texts = [draw(cell(batch=1, inputs_parameters={"text": text}))[0] for text in range(6)]
     assert torch.equal(torch.cat(texts[:2]), q)
     assert all(not torch.equal(one, other) for one, other in combinations(texts, 2))
     assert all(not torch.equal(q[0, head], q[0, head + 1]) for head in range(5))

@@ -73,13 +73,15 @@ def test_configs_hold_every_parameter_and_its_default(inputs):
 
 
 def test_the_error_config_holds_the_defaults_of_the_measure():
-    from linbench.measure.error import measure_error
+    from linbench.measure.judge import judge_error
 
-    signature = inspect.signature(measure_error).parameters
+    signature = inspect.signature(judge_error).parameters
     config = OmegaConf.load(CONFIGS / "measure/error.yaml").error
     assert {name: signature[name].default for name in config if name != "_target_"} == {
         "full_up_to_tokens": config.full_up_to_tokens,
         "rows": config.rows,
+        "gradient_tokens": config.gradient_tokens,
+        "seeds": config.seeds,
     }
 
 

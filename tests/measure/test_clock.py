@@ -19,6 +19,7 @@ from linbench.measure import clock
 from linbench.measure.call import Call
 from linbench.measure.clock import ForeignLoad, measure_speed
 from linbench.mechanisms.base import Description, Geometry, Mechanism
+from linbench.record import Speed
 
 
 class Sleeper(Mechanism):
@@ -55,6 +56,10 @@ def call(pass_: str = "forward") -> Call:
     return Call(cell, _UsesAll(Geometry(2, 4, 3, False)), q, k, v, {}, torch.ones(1, 2, 7, 3))
 
 
+def speed_of(one: Call, **settings: float) -> Speed:
+    return measure_speed(one, one.forward().detach(), **settings)  # type: ignore[arg-type]
+
+
 class _UsesAll(Sleeper):
     def forward_torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.sleep()
@@ -64,6 +69,7 @@ class _UsesAll(Sleeper):
 @pytest.fixture
 def _no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "WARMUP_S", 0.0)
+    monkeypatch.setattr(clock, "WARMUP_LIMIT_S", 0.0)
 
 
 def scripted(times: Iterator[float]) -> object:
@@ -74,7 +80,7 @@ def scripted(times: Iterator[float]) -> object:
 @pytest.mark.usefixtures("_no_warm_up")
 def test_equal_samples_converge_at_the_smallest_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_wall", scripted(itertools.repeat(5.0)))
-    speed = measure_speed(call(), torch.empty(0), min_samples=11)
+    speed = speed_of(call(), min_samples=11)
     assert speed.samples_ms == [5.0] * 11
     assert speed.stop == "converged"
 
@@ -82,44 +88,69 @@ def test_equal_samples_converge_at_the_smallest_count(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("_no_warm_up")
 def test_scattered_samples_go_on_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_wall", scripted(itertools.cycle([1.0, 9.0, 2.0])))
-    speed = measure_speed(call(), torch.empty(0), min_samples=10, max_samples=37, budget_s=60)
+    speed = speed_of(call(), min_samples=10, max_samples=37, budget_s=60)
     assert len(speed.samples_ms) == 37
     assert speed.stop == "sample_limit"
 
 
 @pytest.mark.usefixtures("_no_warm_up")
 def test_a_spent_budget_stops_only_after_the_smallest_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "LONGEST_BUDGETS", float("inf"))
     monkeypatch.setattr(clock, "_wall", scripted(itertools.cycle([1.0, 9.0, 2.0])))
-    speed = measure_speed(call(), torch.empty(0), min_samples=13, max_samples=1000, budget_s=0)
+    speed = speed_of(call(), min_samples=13, max_samples=1000, budget_s=0)
     assert len(speed.samples_ms) == 13
     assert speed.stop == "time_budget"
+
+
+@pytest.mark.usefixtures("_no_warm_up")
+def test_calls_that_take_many_budgets_are_fewer_and_never_called_converged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_wall", scripted(itertools.repeat(5.0)))
+    speed = speed_of(call(), min_samples=30, budget_s=0)
+    assert len(speed.samples_ms) == clock.FEWEST_SAMPLES
+    assert speed.stop == "time_budget"
+
+
+def test_a_warm_up_ends_when_calls_are_steady_and_says_when_they_never_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "WARMUP_S", 0.0)
+    falling = [9.0, 7.0, 5.0, 4.0, 3.0, *[2.0] * 50]
+    monkeypatch.setattr(clock, "_wall", scripted(iter(falling)))
+    speed = speed_of(call(), min_samples=10, max_samples=10)
+    assert speed.warmup_ms == falling[:13]  # only then are three of the five calls before the last five twos
+    assert speed.warmup_stop == "steady"
+    monkeypatch.setattr(clock, "WARMUP_LIMIT_S", 0.05)
+    monkeypatch.setattr(clock, "_wall", scripted(itertools.cycle([1.0] * 5 + [2.0] * 5)))
+    assert speed_of(call(), min_samples=10, max_samples=10).warmup_stop == "limit"
 
 
 def test_warm_up_and_samples_are_kept_apart_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     times = itertools.count(1.0)
     monkeypatch.setattr(clock, "_wall", lambda _call, _calls: next(times))
     monkeypatch.setattr(clock, "WARMUP_S", 0.0)
-    speed = measure_speed(call(), torch.empty(0), min_samples=5, max_samples=5, budget_s=60)
+    monkeypatch.setattr(clock, "WARMUP_LIMIT_S", 0.0)
+    speed = speed_of(call(), min_samples=5, max_samples=5, budget_s=60)
     assert speed.warmup_ms + speed.samples_ms == [float(i) for i in range(1, 9)]
 
 
 @pytest.mark.parametrize("pass_", ["forward", "forward_backward"])
 def test_a_sleep_of_known_length_is_recovered(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sleeper, "slept_ms", [])
-    speed = measure_speed(call(pass_), torch.empty(0), min_samples=10, budget_s=0.1)
-    slept = min(Sleeper.slept_ms[-len(speed.samples_ms) :])  # of the least disturbed, others may wait for the processor
-    assert slept >= 4.0
-    assert slept <= min(speed.samples_ms) <= 1.25 * slept
+    monkeypatch.setattr(Sleeper, "seconds", 0.03)  # so that the arithmetic around it does not count
+    speed = speed_of(call(pass_), min_samples=10, budget_s=0.1)
+    first = 1 + len(speed.warmup_ms)  # after the call that gave the output
+    slept = Sleeper.slept_ms[first : first + len(speed.samples_ms)]
+    assert min(slept) >= 30.0
+    assert min(speed.samples_ms) >= min(slept)
+    assert statistics.median(speed.samples_ms) <= 1.05 * statistics.median(slept)
 
 
 def test_the_backward_is_timed_without_its_forward() -> None:
-    speed = measure_speed(call("backward"), torch.empty(0), min_samples=10, budget_s=0.1)
+    speed = speed_of(call("backward"), min_samples=10, budget_s=0.1)
     assert statistics.median(speed.samples_ms) < 4.0
 
 
 def test_short_calls_are_timed_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sleeper, "seconds", 0.0)
-    speed = measure_speed(call(), torch.empty(0), min_samples=10, budget_s=0.05)
+    speed = speed_of(call(), min_samples=10, budget_s=0.05)
     assert speed.calls_per_sample > 1
 
 

@@ -6,7 +6,8 @@ import torch
 from linbench import inputs, registry
 from linbench.cell import Cell
 from linbench.measure.call import Call
-from linbench.measure.structure import effective_rank, measure_structure, numerical_rank, singular_values
+from linbench.measure.ranks import effective_rank, numerical_rank, singular_values
+from linbench.measure.structure import measure_structure
 
 
 def orthogonal(rows, columns):

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from linbench.record import Cost, Fit, Kernel, Structure
+from linbench.record import AttentionMap, Cost, Fit, Kernel, Structure
 from linbench.report import write_report
 from linbench.report.growth import claimed_exponent, fitted_exponent, growth_section
 from linbench.report.papers import PAPERS, paper_sections
 from linbench.report.points import make_points
-from linbench.report.sections import fit_section, rank_section, target_section
+from linbench.report.sections import fit_section, map_section, rank_section, target_section
 
 FIT = Fit(
     protocol=2, steps=3, selected_step=2, learning_rate=0.1, parameters=1234, own_parameters=5,
@@ -61,7 +61,7 @@ def test_growth_stands_beside_its_claim(record):
 
 def test_sections_show_their_blocks_and_are_absent_without_them(record):
     plain = record("linear", 64)
-    for section in (growth_section, target_section, fit_section, rank_section):
+    for section in (growth_section, target_section, fit_section, rank_section, map_section):
         assert section(points([plain])) is None
     assert paper_sections(points([plain])) == []
     error = plain.error.model_copy(update={"target_error": 0.2, "target_trivial_error": 0.8})
@@ -72,6 +72,24 @@ def test_sections_show_their_blocks_and_are_absent_without_them(record):
     assert fit_section(points([of_protocol_1])).grids[0].rows == [[*fitted, "3 of 3"]]
     assert rank_section(points([full])).grids[0].rows == [["linear", "2.5", "3.0", "7.5", "8.0", "8"]]
     assert target_section(points([full])).grids[0].rows == [["linear", "0.200", "0.750", "0.300"]]
+
+
+def test_maps_stand_beside_those_of_softmax_and_reasons_below_them(record):
+    block = AttentionMap(
+        rows=9, rows_total=9, per_channel=False, residual=0.0, row_sum_mean=1.0, row_sum_min=0.5, row_sum_max=1.5,
+        negative_mass=0.25, exact_entropy_nats=2.0, total_variation=0.75, top=4, top_overlap=0.5, effective_rank=3.0,
+        numerical_rank=4.0, exact_effective_rank=6.0, exact_numerical_rank=7.0, distance_tokens=12.4,
+        exact_distance_tokens=20.6,
+    )  # fmt: skip
+    found = record("linear", 64).model_copy(update={"structure": STRUCTURE.model_copy(update={"attention": block})})
+    lacking = record("galerkin", 64).model_copy(
+        update={"structure": STRUCTURE.model_copy(update={"attention_reason": "it is not linear in v"})}
+    )
+    section = map_section(points([found, lacking]))
+    assert section.grids[0].rows == [
+        ["linear", "– (2.00)", "0.75", "–", "50%", "0.5 … 1.5", "25.0%", "3.0 (6.0)", "12 (21)"]
+    ]
+    assert section.notes[-1] == "Without a map: galerkin (it is not linear in v)."
 
 
 def paper_records(record):

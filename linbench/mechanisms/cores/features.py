@@ -159,6 +159,10 @@ class UnitAndOne(FeatureMap):
         return grad.div_(safe_norm(x) / self.length)
 
 
+CLOSE = 20.0
+"""Entries of a token no further apart than this have exponentials whose reciprocals keep their digits."""
+
+
 class SplitSoftmax(FeatureMap):
     """φ(x) = [softmax(x), softmax(−x)] over the entries of a token (2402.04347, eq. 6)."""
 
@@ -169,6 +173,10 @@ class SplitSoftmax(FeatureMap):
     def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """Entries in [0, 1] whose sum is two."""
         shape = (*x.shape[:-1], 2, x.shape[-1])
+        if memory is not None and x.device.type == "cpu":
+            lowest, highest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # far faster than both in one call
+            if (highest - lowest).amax().item() <= CLOSE:
+                return _reciprocal_softmax(x, (lowest + highest) / 2, memory, shape), None
         both = torch.stack((x, x.neg()), -2, out=taken(memory, "both", x, *shape))
         return torch.softmax(both, -1, out=taken(memory, "features", x, *shape)).flatten(-2), None
 
@@ -178,6 +186,16 @@ class SplitSoftmax(FeatureMap):
         slopes = grads.sub_(torch.linalg.vecdot(grads, both)[..., None]).mul_(both)
         gradient: Tensor = slopes[..., 0, :] - slopes[..., 1, :]
         return gradient
+
+
+def _reciprocal_softmax(x: Tensor, middle: Tensor, memory: Memory, shape: tuple[int, ...]) -> Tensor:
+    """Both softmaxes from one exponential, as e^-y = 1/e^y: entries differ by :data:`CLOSE` at most."""
+    features = memory.take("features", x, *shape)
+    powers = exp_(torch.sub(x, middle, out=memory.take("powers", x)))
+    torch.mul(powers, powers.sum(-1, keepdim=True).reciprocal_(), out=features[..., 0, :])
+    powers.reciprocal_()
+    torch.mul(powers, powers.sum(-1, keepdim=True).reciprocal_(), out=features[..., 1, :])
+    return features.flatten(-2)
 
 
 class RandomFourier(FeatureMap):
