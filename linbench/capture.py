@@ -81,6 +81,7 @@ def capture(request: Request) -> str:
         UsageError: transformers are not installed, the model or a text cannot be read or is too short, a layer or a
             head does not exist, or what was kept is not what the model attended with.
     """
+    texts = [_read(path) for path in request.texts]
     try:
         import transformers
     except ImportError as error:
@@ -90,7 +91,6 @@ def capture(request: Request) -> str:
     recorder = Recorder()
     transformers.AttentionInterface.register(NAME, recorder)
     transformers.AttentionMaskInterface.register(NAME, transformers.AttentionMaskInterface()["sdpa"])
-    texts = [_read(path) for path in request.texts]
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(request.model)
         model = transformers.AutoModel.from_pretrained(request.model, dtype=torch.float32, attn_implementation=NAME)

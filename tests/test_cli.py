@@ -81,7 +81,8 @@ def test_a_sweep_survives_every_broken_mechanism(tmp_path: Path) -> None:
         "not_a_number": {Status.INCORRECT},
         "raises": {Status.CRASH},
         "exits": {Status.CRASH},
-        "remembers": {Status.IMPOSSIBLE},
+        "remembers": {Status.INCORRECT},
+        "boasts": {Status.IMPOSSIBLE},
         "dies_when_built": {Status.CRASH},
         "linear": {Status.OK, Status.NOISY},
     }
@@ -94,6 +95,7 @@ def test_a_sweep_survives_every_broken_mechanism(tmp_path: Path) -> None:
     assert "SIGSEGV in stage 'check': broken_mechanisms.py" in (found["segfaults"].reason or "")
     assert "broken_mechanisms.py" in (found["raises"].reason or "")
     assert "exit code 7" in (found["exits"].reason or "")
+    assert "it is remembered, not computed" in (found["remembers"].reason or "")
     page = Path(tmp_path / done.stdout.rpartition("Report: ")[2].strip()).read_text()
     assert all(name in page for name in ends)
 
@@ -239,7 +241,7 @@ def test_flags_behave_as_hydra_users_expect(tmp_path: Path, words: tuple[str, ..
     ("typed", "expected"),
     [
         ("linbench ru", ["run"]),
-        ("linbench ", ["run", "plan", "check", "report", "list", "doctor"]),
+        ("linbench ", ["run", "plan", "check", "capture", "report", "list", "doctor"]),
         ("linbench run +sweep=lo", ["+sweep=long_seq"]),
         ("linbench plan mechanism=perf", ["mechanism=performer"]),
         ("linbench run dty", ["dtype="]),
@@ -280,6 +282,10 @@ def test_the_completion_script_can_be_installed(tmp_path: Path) -> None:
         (("run", "mechanism.performer.features=-3"), ["mechanism.performer.features=-3"]),
         (("run", "inputs.gaussian.sharpness=-1"), ["inputs.gaussian.sharpness=-1"]),
         (("run", "inputs=minilm", "heads=5", "head_dim=32", "length=128"), ["heads=5", "choose from 1, 2, 3, 6"]),
+        (("run", "inputs=none.safetensors"), ["there is no file none.safetensors", "linbench capture"]),
+        (("run", "inputs=trace"), ["inputs=trace needs inputs.trace.file=FILE"]),
+        (("capture", "model", "--out", "x.safetensors"), ["--text"]),
+        (("capture", "model", "--text", "none.txt", "--out", "x.safetensors"), ["the text none.txt cannot be read"]),
         (("run", "mechanism=linformer", "causal=true"), ["nothing can run", "no causal form"]),
         (("run", "implementation=cuda"), ["no implementation 'cuda'", "reference"]),
         (("run", "results_dir=/proc/nowhere", "mechanism=linear", "length=24"), ["cannot write /proc/nowhere"]),

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from linbench.cell import Cell
+from linbench.mechanisms.cores.features import SplitSoftmax
+from linbench.mechanisms.cores.slabs import Memory
 from linbench.registry import build
 
 
@@ -141,3 +143,20 @@ def test_costs_include_the_maps():
     cell = Cell(mechanism="hedgehog", length=512, batch=2, heads=3, head_dim=6, value_dim=5)
     assert hedgehog(False).flops(cell) == 2 * 3 * 512 * (4 * 12 * 6 + 2 * 2 * 6 * 6)
     assert hedgehog(True).state_bytes(512, torch.float32) == 3 * 12 * 6 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apart", [3.0, 19.0, 60.0, 400.0])
+def test_features_in_memory_that_is_kept_are_both_softmaxes(dtype, apart):
+    """Near entries take one exponential for both, distant ones would lose it to rounding or underflow."""
+    x = torch.randn(2, 31, 7, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x *= apart / (x.amax(-1) - x.amin(-1)).amax()
+    memory = Memory()
+    for _ in range(2):
+        found, log_scale = SplitSoftmax().features(x, memory)
+        assert log_scale is None
+        wide = x.double()
+        expected = torch.cat((wide.softmax(-1), (-wide).softmax(-1)), -1)
+        # what half a unit in the last place of x and of its distance to the largest entry changes
+        tolerance = (2.5 * apart + 8) * torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=torch.finfo(dtype).tiny)

@@ -71,7 +71,7 @@ class Exits(Mean):
 
 
 class Remembers(Mean):
-    """Right, and impossibly fast: it hands out the answer of the first call again, and claims a great deal of work."""
+    """Right, and fast: it hands out the answer of the first call again."""
 
     def __init__(self, geometry: object) -> None:
         super().__init__(geometry)  # type: ignore[arg-type]
@@ -81,6 +81,10 @@ class Remembers(Mean):
         if self.answer is None:
             self.answer = super().forward_torch(q, k, v)
         return self.answer
+
+
+class Boasts(Mean):
+    """Right, and impossibly fast: it claims a great deal of work."""
 
     def flops(self, cell: Cell) -> int:
         return 10**9
