@@ -274,7 +274,7 @@ def test_the_completion_script_can_be_installed(tmp_path: Path) -> None:
         (("run", "mechanism=linear", "mechanism.performer.features=3"), ["performer is not among the chosen"]),
         (("run", "--config-dir", "/nowhere"), ["/nowhere"]),
         (("run", "--config-dir"), ["--config-dir needs a value"]),
-        (("frobnicate",), ["unknown verb 'frobnicate'", "run, plan, check, report"]),
+        (("frobnicate",), ["unknown verb 'frobnicate'", "run, plan, check, capture, report"]),
         (("report", "nowhere"), ["nowhere does not exist"]),
         (("list", "foo"), ["foo", "mechanisms", "sweeps"]),
         (("doctor", "--fast"), ["--fast"]),

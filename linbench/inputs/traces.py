@@ -143,8 +143,12 @@ def another_draw(cell: Cell, index: int) -> Cell:
 
 
 def fingerprint(cell: Cell) -> str:
-    """SHA-256 of the file: a cell is measured again when it changes."""
-    with Path(str(cell.inputs_parameters.get("file") or "")).open("rb") as file:
+    """SHA-256 of the file: a cell is measured again when it changes.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    with _of(cell)[0].path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -50,7 +50,7 @@ class Hedgehog(AdditiveState):
 
     def feature_map(self, like: Tensor) -> FeatureMap:
         """The two softmaxes."""
-        return SplitSoftmax()
+        return SplitSoftmax(together=not self.causal)
 
     def weights(self, q: Tensor, k: Tensor, rows: Tensor | None = None) -> Tensor:
         """The attention weights of the given rows, ``[B, H, R, N_k]``; what distillation fits to those of softmax."""

@@ -80,6 +80,8 @@ def test_a_missing_or_foreign_file_is_one_sentence(tmp_path):
         inputs.unsupported(cell(""))
     with pytest.raises(UsageError, match=re.escape(f"no file {tmp_path / 'none.safetensors'}")):
         inputs.unsupported(cell(tmp_path / "none.safetensors"))
+    with pytest.raises(UsageError, match="there is no file"):
+        inputs.fingerprint(cell(tmp_path / "none.safetensors"))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not a file of tensors")
     with pytest.raises(UsageError, match=r"is no file of captured q, k, v"):

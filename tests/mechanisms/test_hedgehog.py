@@ -146,14 +146,15 @@ def test_costs_include_the_maps():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("apart", [3.0, 19.0, 60.0, 400.0])
-def test_features_in_memory_that_is_kept_are_both_softmaxes(dtype, apart):
+def test_features_in_memory_that_is_kept_are_both_softmaxes(dtype, apart, together):
     """Near entries take one exponential for both, distant ones would lose it to rounding or underflow."""
     x = torch.randn(2, 31, 7, generator=torch.Generator().manual_seed(0), dtype=dtype)
     x *= apart / (x.amax(-1) - x.amin(-1)).amax()
     memory = Memory()
     for _ in range(2):
-        found, log_scale = SplitSoftmax().features(x, memory)
+        found, log_scale = SplitSoftmax(together=together).features(x, memory)
         assert log_scale is None
         wide = x.double()
         expected = torch.cat((wide.softmax(-1), (-wide).softmax(-1)), -1)

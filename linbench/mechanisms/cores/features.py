@@ -164,7 +164,14 @@ CLOSE = 20.0
 
 
 class SplitSoftmax(FeatureMap):
-    """φ(x) = [softmax(x), softmax(−x)] over the entries of a token (2402.04347, eq. 6)."""
+    """φ(x) = [softmax(x), softmax(−x)] over the entries of a token (2402.04347, eq. 6).
+
+    Args:
+        together: whether one token may decide how the others are computed, which no future token may.
+    """
+
+    def __init__(self, *, together: bool) -> None:
+        self.together = together
 
     def width(self, key_dim: int) -> int:
         """2D."""
@@ -173,7 +180,7 @@ class SplitSoftmax(FeatureMap):
     def features(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """Entries in [0, 1] whose sum is two."""
         shape = (*x.shape[:-1], 2, x.shape[-1])
-        if memory is not None and x.device.type == "cpu":
+        if self.together and memory is not None and x.device.type == "cpu":
             lowest, highest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # far faster than both in one call
             if (highest - lowest).amax().item() <= CLOSE:
                 return _reciprocal_softmax(x, (lowest + highest) / 2, memory, shape), None
