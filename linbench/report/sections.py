@@ -97,7 +97,7 @@ def map_section(points: Points) -> Section | None:
         if found is None:
             return []
         entropy = MISSING if found.entropy_nats is None else f"{found.entropy_nats:.2f}"
-        divergence = MISSING if found.divergence_nats is None else f"{found.divergence_nats:.2f}"
+        divergence = MISSING if found.divergence_nats is None else f"{round(found.divergence_nats, 2) + 0.0:.2f}"
         return [
             f"{entropy} ({found.exact_entropy_nats:.2f})",
             f"{found.total_variation:.2f}",
