@@ -56,7 +56,7 @@ def within(measured: float, bound: float, where: str) -> Finding:
 
 
 def worst(findings: Iterable[Finding]) -> Finding:
-    """One for many: the first failure, else the number that comes closest to its bound.
+    """One for many: the worst failure, else the number that comes closest to its bound; of equal ones the first.
 
     A property that applies nowhere does not apply; one that applies somewhere is judged there.
     """
@@ -70,4 +70,5 @@ def _badness(finding: Finding) -> tuple[int, float]:
     rank = {Verdict.NOT_APPLICABLE: 0, Verdict.PASSED: 1, Verdict.FAILED: 2}[finding.verdict]
     if finding.measured is None or finding.bound is None:
         return rank, math.inf if finding.failed else -1.0
-    return rank, finding.measured / finding.bound if finding.bound > 0 else finding.measured
+    badness = finding.measured / finding.bound if finding.bound > 0 else finding.measured
+    return rank, float(f"{badness:.3g}")  # what differs by rounding alone is equal, and the first of them is told

@@ -23,6 +23,9 @@ from linbench.mechanisms.base import Mechanism
 NEGLIGIBLE = 0.1
 """A gradient smaller than this share of all together is judged on that scale: what is zero in exact arithmetic is
 rounding noise in any other."""
+ZERO = 1e-9
+"""One that is smaller than this share in fp64 is zero in exact arithmetic, a difference of equal sums: it is judged on
+the scale of all together, because what is left of it is the rounding of those sums, whose order is the processor's."""
 ROUNDING_FACTOR = 4
 NARROW_BOUND = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
 IN_FULL = 500
@@ -92,7 +95,8 @@ def gradient_errors(found: dict[str, Tensor | None], expected: dict[str, Tensor 
         if gradient is not None and not bool(gradient.isfinite().all()):
             errors[name] = torch.inf
             continue
-        scale = max(norms[name], NEGLIGIBLE * joint, torch.finfo(torch.float64).tiny)
+        share = 1.0 if norms[name] <= ZERO * joint else NEGLIGIBLE
+        scale = max(norms[name], share * joint, torch.finfo(torch.float64).tiny)
         if gradient is None or exact is None:
             present = gradient if exact is None else exact
             errors[name] = 0.0 if present is None else float(present.double().norm()) / scale
