@@ -86,11 +86,12 @@ def _help() -> str:
 
 def run(config: DictConfig, command: str) -> int:
     """Config → plan → runner → store → report."""
+    from linbench.execution import execute
     from linbench.hydra_front import checked
     from linbench.progress import SweepProgress, duration
     from linbench.runner import Runner
     from linbench.store import read_all
-    from linbench.sweep import execute, prepare
+    from linbench.sweep import prepare
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is a Ctrl-C
     asked = checked(config)
@@ -98,15 +99,15 @@ def run(config: DictConfig, command: str) -> int:
         with Runner() as runner:
             plan = prepare(asked, runner)
             _announce(plan)
-            if plan.pending:
-                with SweepProgress(plan.pending) as progress:
+            if plan.pending or plan.repeated:
+                with SweepProgress(plan.pending, plan.repeated) as progress:
                     execute(plan, runner, command, progress)
     except KeyboardInterrupt:
         print(f"\nStopped. What was measured is kept; this goes on from there: {command}", file=sys.stderr)
         return INTERRUPTED
     records = plan.records
-    files = [plan.folder / f"{name}.jsonl" for name in sorted({record.run for record in records})]
-    spent = duration(sum(record.elapsed_s for record in records))
+    files = [plan.folder / f"{name}.jsonl" for name in plan.runs]
+    spent = duration(sum(record.elapsed_s + sum(again.elapsed_s for again in record.rounds) for record in records))
     print(f"{_tally(records)}; {spent} of measuring. Records: {files[-1]}")
     title = f"linbench {asked.sweep} on {plan.environment.machine}"
     runs, _ = read_all(files)

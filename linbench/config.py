@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from linbench.cell import Dtype, Pass, Scalar
 from linbench.errors import UsageError
@@ -110,6 +110,8 @@ class Config(BaseModel):
     time_limit_s: PositiveFloat
     results_dir: str
     resume: bool
+    rounds: PositiveInt
+    retries: int
     shard: Shard
     sweep: str = "run"
 
@@ -122,6 +124,8 @@ class _Settings(BaseModel):
     time_limit_s: PositiveFloat
     results_dir: str = Field(min_length=1)
     resume: bool
+    rounds: Number
+    retries: Seed
     shard: Shard
 
 

@@ -50,7 +50,7 @@ def describe(devices: list[str], threads: int) -> Environment:
         blas=_blas(torch.__config__.show()),
         os=f"{platform.system()} {platform.release()}",
         clock=_first_line("/sys/devices/system/clocksource/clocksource0/current_clocksource") or "unknown",
-        governor=_first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        governor=governor(0),
         linbench=__version__,
         commit=commit,
         dirty=dirty,
@@ -66,6 +66,11 @@ def physical_cores() -> int:
 def default_threads() -> int:
     """Threads of a CPU cell that names none: one core is left to whatever else the machine does."""
     return max(1, physical_cores() - 1)
+
+
+def governor(core: int) -> str | None:
+    """How the clock of a core is chosen; None where the system does not tell."""
+    return _first_line(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_governor")
 
 
 def available_memory_bytes() -> int:

@@ -45,7 +45,10 @@ class Step(NamedTuple):
     cell: Cell
     prospect: Prospect
     estimated_s: float
+    """Of the first round, with every measure."""
     skip: Skip | None
+    repeat_s: float = 0.0
+    """Of a further round, which only times."""
 
 
 def expand(config: Config) -> list[Cell]:
@@ -129,8 +132,11 @@ def foresee(
     """
     steps = []
     for cell, prospect in zip(cells, prospects, strict=True):
-        seconds = estimate_seconds(cell, prospect, rates.get(cell.device, Rates()), measures)
-        steps.append(Step(cell, prospect, seconds, _skip(cell, prospect, seconds, time_limit_s, memory_limit_bytes)))
+        pace = rates.get(cell.device, Rates())
+        seconds = estimate_seconds(cell, prospect, pace, measures)
+        skip = _skip(cell, prospect, seconds, time_limit_s, memory_limit_bytes)
+        again = {"speed": measures["speed"]} if "speed" in measures else {}
+        steps.append(Step(cell, prospect, seconds, skip, estimate_seconds(cell, prospect, pace, again)))
     return steps
 
 

@@ -84,11 +84,12 @@ def _entry(steps: list[Step], plan: Plan) -> str:
 def _totals(plan: Plan) -> list[str]:
     pending = [step for step in plan.pending if not step.skip]
     skipped = [step for step in plan.pending if step.skip]
-    seconds = sum(step.estimated_s for step in pending)
+    seconds = sum(step.estimated_s for step in pending) + sum(step.repeat_s for step in plan.repeated)
     largest = max((inputs_bytes(step.cell) for step in pending), default=0)
     return [
         f"{len(plan.steps)} cells: {len(pending)} to run in about {duration(seconds)}, {len(skipped)} left out, "
-        f"{len(plan.finished)} finished already. Largest q, k, v: {largest / 2**20:.4g} MiB. "
+        f"{len(plan.finished)} finished already; {plan.config.rounds} rounds of timing. "
+        f"Largest q, k, v: {largest / 2**20:.4g} MiB. "
         f"Time limit per cell: {plan.config.time_limit_s:g} s. Results: {plan.folder}",
         *(["Left out:"] if skipped else []),
         *_left_out(skipped),

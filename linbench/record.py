@@ -7,8 +7,8 @@ Schema history (the number is in every line that is written; readers keep every 
    has one; blocks ``fit``, ``structure`` and ``kernel``.
 3. ``speed`` says whether the warm-up became steady; ``error`` has positions, gradients and seeds; ``structure`` has the
    implied attention map.
-4. Rounds in processes of several servers; evidence of what disturbed a time; peaks of the device; cold starts, frontiers;
-   passes ``prefill`` and ``decode``; what is kept for the backward and for the next token.
+4. Rounds in processes of several servers; evidence of what disturbed a time; peaks of the device; cold starts and
+   frontiers; passes ``prefill`` and ``decode``; what is kept for the backward and for the next token.
 """
 
 from __future__ import annotations
@@ -81,10 +81,47 @@ class Check(Block):
     """What is wrong, when the check did not pass."""
 
 
+class Conditions(Block):
+    """What else happened on the processors while the samples were taken; null where the system does not tell."""
+
+    steal_cores: float | None = None
+    """Cores that the hypervisor gave to other machines."""
+    voluntary_switches: int | None = None
+    """Times that this process gave its core away, to wait for something."""
+    involuntary_switches: int | None = None
+    """Times that a core was taken from this process, to run another."""
+    affinity: list[int] = Field(default_factory=list)
+    """Numbers of the cores that this process may use."""
+    governor: str | None = None
+    """Of the first of them: how its clock is chosen."""
+    frequency_mhz: float | None = None
+    """Mean clock of the cores after the last sample, as the system tells it."""
+
+
+class DeviceConditions(Block):
+    """The state of an NVIDIA GPU, read before the first sample, after the last and several times in between."""
+
+    sm_clock_mhz: list[int]
+    """Clock of the multiprocessors, in order."""
+    memory_clock_mhz: list[int]
+    power_watts: list[float]
+    temperature_celsius: list[int]
+    throttle_reasons: list[str]
+    """What lowered the clocks at any reading, by NVML's names; idleness is none."""
+    locked_sm_clock_mhz: int | None = None
+    """The clock that was asked for and granted; null when the clocks were left alone."""
+    discarded_samples: int = 0
+    """Samples taken while the clocks were lowered: set aside, and taken again while the budget lasted."""
+    lowered_samples: int = 0
+    """Those that were kept nevertheless, because the clocks did not recover in time: the cell is noisy."""
+
+
 class Speed(Block):
     """Raw samples of time. Statistics are computed on reading."""
 
     clock: Literal["perf_counter", "cuda_event"]
+    """``perf_counter``: the host's. ``cuda_event``: the device's, each call behind a queue that keeps the device from
+    waiting for the host, and with a cold second-level cache."""
     warmup_ms: list[float]
     """The calls before the samples, in order; the first one holds compilation and first touches."""
     warmup_stop: Literal["steady", "limit"] | None = None
@@ -98,6 +135,18 @@ class Speed(Block):
     threads: int
     foreign_cpu_cores: float | None = None
     """Cores kept busy by other processes while sampling; null where the system does not tell."""
+    conditions: Conditions | None = None
+    device_conditions: DeviceConditions | None = None
+    host_ms: list[float] = Field(default_factory=list)
+    """CUDA: milliseconds of one call on the host's clock, from many calls one after the other and a wait for the last:
+    what a program that does nothing else pays. Empty on a CPU, where ``samples_ms`` is that."""
+    graph_ms: list[float] = Field(default_factory=list)
+    """CUDA: milliseconds of one replay of the call as a CUDA graph, on the device's clock with a cold second-level
+    cache: kernels without their launches."""
+    graph_reason: str | None = None
+    """Why the call could not be captured as a graph, where it could not."""
+    discarded_rounds: int = 0
+    """Times that this was measured before and set aside, because other processes kept the machine busy."""
 
 
 class Memory(Block):
@@ -272,6 +321,29 @@ class Kernel(Block):
     """Its closed form for independent Gaussian rows, mean over the same pairs."""
 
 
+class Round(Block):
+    """The time of a cell again, in a process of another server: one layout of memory is one sample of it."""
+
+    kind: Literal["round"] = "round"
+    schema_version: int = SCHEMA_VERSION
+    run: str
+    """Name of the run whose file holds this round."""
+    time: str
+    """When it ended, UTC, ISO 8601."""
+    cell_key: str
+    """Of the cell whose record this belongs to."""
+    code: str
+    """As in the record: a round of other code does not belong to it."""
+    index: int
+    """1 for the first round after the record's own."""
+    order: int
+    """When the cell ran among those of its round, from 0."""
+    status: Status
+    reason: str | None = None
+    elapsed_s: float
+    speed: Speed | None = None
+
+
 class Record(Block):
     """What became of a cell: a status, the reason where it is not ``ok``, and the blocks that this status allows."""
 
@@ -302,6 +374,22 @@ class Record(Block):
     fit: Fit | None = None
     structure: Structure | None = None
     kernel: Kernel | None = None
+    order: int | None = None
+    """When the cell ran among those of its round, from 0: within a length the order is drawn."""
+    rounds: list[Round] = Field(default_factory=list, exclude=True)
+    """Its further rounds, in order: lines of their own in the file, put here by whoever reads it."""
+
+    @property
+    def best_status(self) -> Status:
+        """``ok`` as soon as one round was undisturbed, else the record's own status."""
+        return Status.OK if any(again.status is Status.OK for again in self.rounds) else self.status
+
+    @property
+    def timings(self) -> dict[tuple[str, int], Speed]:
+        """(run, index of the round) -> the time in that round; only rounds that are as good as the best one."""
+        every = [(self.status, (self.run, 0), self.speed)]
+        every += [(again.status, (again.run, again.index), again.speed) for again in self.rounds]
+        return {server: speed for status, server, speed in every if speed and status is self.best_status}
 
     @model_validator(mode="after")
     def _status_decides_blocks(self) -> Record:
@@ -358,4 +446,8 @@ class Run(Block):
     """The command that makes this run again."""
     cells: int
     """Cells in the plan, those already finished included."""
+    rounds: int = 1
+    """Rounds that were asked for: processes of as many servers time every cell."""
+    order_seed: int | None = None
+    """Of the order of cells of one length; null in records that kept to the plan's order."""
     environment: Environment

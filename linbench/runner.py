@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -70,6 +71,13 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
+
+    def renew(self) -> None:
+        """Let the next children come from a server of their own, with a memory layout of its own.
+
+        The server of ``multiprocessing`` is one of the process; it has no public way to be stopped.
+        """
+        multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
     def survey(self, request: SurveyRequest) -> Survey:
         """Ask a child what machine this is.

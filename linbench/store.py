@@ -8,14 +8,22 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from linbench.errors import UsageError
-from linbench.record import SCHEMA_VERSION, Record, Run
+from linbench.record import SCHEMA_VERSION, Record, Round, Run
 
-Line = TypeVar("Line", Run, Record)
+Line = TypeVar("Line", Run, Record, Round)
+
+
+class Contents(NamedTuple):
+    """What one results file holds. Rounds may belong to records of an earlier file: :func:`read_all` joins them."""
+
+    run: Run
+    records: list[Record]
+    rounds: list[Round]
 
 
 class RunFile:
@@ -38,9 +46,9 @@ class RunFile:
         except OSError as error:
             raise UsageError(f"results_dir: cannot write {self.path}: {error.strerror or error}") from error
 
-    def append(self, record: Record) -> None:
-        """Write one record as one line and wait until it is on the disk."""
-        self._write(record)
+    def append(self, line: Record | Round) -> None:
+        """Write one line and wait until it is on the disk."""
+        self._write(line)
 
     def _write(self, line: BaseModel) -> None:
         self._file.write(line.model_dump_json(by_alias=True, exclude_none=True) + "\n")
@@ -56,7 +64,7 @@ class RunFile:
         self._file.close()
 
 
-def read(path: Path) -> tuple[Run, list[Record]]:
+def read(path: Path) -> Contents:
     """Read one results file.
 
     A last line that was cut off in mid-write is dropped with a warning.
@@ -73,8 +81,13 @@ def read(path: Path) -> tuple[Run, list[Record]]:
         warnings.warn(f"{path}: the last line was cut off in mid-write and is left out", stacklevel=2)
     if not lines:
         raise UsageError(f"{path} is not a linbench results file: it has no complete line")
-    run = _parse(lines[0], Run, path, 1)
-    return run, [_parse(line, Record, path, number) for number, line in enumerate(lines[1:], 2) if line.strip()]
+    contents = Contents(_parse(lines[0], Run, path, 1), [], [])
+    for number, line in enumerate(lines[1:], 2):
+        if line.startswith('{"kind":"round"'):
+            contents.rounds.append(_parse(line, Round, path, number))
+        elif line.strip():
+            contents.records.append(_parse(line, Record, path, number))
+    return contents
 
 
 def _parse(text: str, model: type[Line], path: Path, number: int) -> Line:
@@ -115,13 +128,22 @@ def results_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
-    """Read several files: their runs, and the newest record of every cell on every machine, oldest first."""
+    """Read several files: their runs, and the newest record of every cell on every machine, oldest first.
+
+    Every record has its rounds: those that were made after it, of the same cell, by the same code.
+    """
     runs: list[Run] = []
     newest: dict[tuple[str, str], Record] = {}
-    for run, records in sorted((read(path) for path in paths), key=lambda pair: pair[0].time):
+    rounds: list[tuple[str, Round]] = []
+    for run, records, again in sorted((read(path) for path in paths), key=lambda contents: contents.run.time):
         runs.append(run)
         for record in records:
             key = (run.environment.machine, record.cell.key)
             newest.pop(key, None)  # so that the newest stands last
             newest[key] = record
+        rounds += [(run.environment.machine, one) for one in again]
+    for machine, one in rounds:
+        owner = newest.get((machine, one.cell_key))
+        if owner is not None and owner.code == one.code and one.time >= owner.time:
+            owner.rounds.append(one)
     return runs, list(newest.values())

@@ -1,38 +1,23 @@
-"""A sweep from plan to report: what is asked, what is known, what is finished, and the loop that does the rest."""
+"""What a sweep has to do: what is asked, what is known of it, what is finished, and what is left."""
 
 from __future__ import annotations
 
-import re
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter
-from typing import Protocol
 
 from linbench.cell import Cell
 from linbench.config import Config
 from linbench.environment import available_memory_bytes, default_threads
 from linbench.errors import UsageError
-from linbench.plan import Prospect, Skip, Step, backstop, expand, foresee
-from linbench.protocol import ForeseeRequest, Measure, MeasureRequest, Outcome, SurveyRequest
-from linbench.record import Environment, Record, Run, Status
+from linbench.plan import Prospect, Step, expand, foresee
+from linbench.protocol import ForeseeRequest, Measure, MeasureRequest, SurveyRequest
+from linbench.record import Environment, Record, Status
 from linbench.runner import Runner
-from linbench.store import RunFile, read_all
+from linbench.store import read_all
 
 MEMORY_SHARE = 0.8
 """Of what is available when the sweep starts: the rest is for the parent, the server and everyone else."""
-
-
-class Progress(Protocol):
-    """Whoever shows how far the sweep is."""
-
-    def starts(self, step: Step) -> None:
-        """A cell is about to be run."""
-
-    def ended(self, step: Step, record: Record) -> None:
-        """A cell has become a record."""
 
 
 @dataclass
@@ -54,10 +39,35 @@ class Plan:
         """The steps that have no record yet, in order."""
         return [step for step in self.steps if step.cell.key not in self.finished]
 
+    def pending_rounds(self, index: int) -> list[Step]:
+        """The steps that have a time, but none of round ``index`` yet, in order."""
+        return [
+            step
+            for step in self.steps
+            if (record := self.finished.get(step.cell.key))
+            and record.speed is not None
+            and all(again.index != index for again in record.rounds)
+        ]
+
+    @property
+    def repeated(self) -> list[Step]:
+        """The steps whose time is, or may turn out to be, wanted again; one entry for every time."""
+        if "speed" not in self.measures:
+            return []
+        fresh = [step for step in self.pending if not step.skip]
+        further = range(1, self.config.rounds)
+        return [step for index in further for step in (*fresh, *self.pending_rounds(index))]
+
     @property
     def records(self) -> list[Record]:
         """The records of the plan's cells, in the plan's order."""
         return [self.finished[step.cell.key] for step in self.steps if step.cell.key in self.finished]
+
+    @property
+    def runs(self) -> list[str]:
+        """Names of the runs whose files hold the records and their rounds, oldest first."""
+        rounds = (again.run for record in self.records for again in record.rounds)
+        return sorted({*(record.run for record in self.records), *rounds})
 
     @property
     def folder(self) -> Path:
@@ -153,59 +163,11 @@ def memory_limit(cell: Cell, plan: Plan) -> int:
     return int(asked) if asked else plan.memory_limit_bytes
 
 
-def execute(plan: Plan, runner: Runner, command: str, progress: Progress) -> None:
-    """Run what is pending, one record after the other onto the disk and into ``plan.finished``."""
-    now = datetime.now(UTC)
-    sweep = re.sub(r"\W+", "-", plan.config.sweep)  # it becomes a file's name, and may itself be a path
-    name = f"{now:%Y%m%dT%H%M%SZ}-{sweep}-{secrets.token_hex(2)}"
-    run = Run(
-        run=name,
-        time=now.isoformat(timespec="seconds"),
-        command=command,
-        cells=len(plan.steps),
-        environment=plan.environment,
-    )
-    with RunFile(plan.folder, run) as results:
-        for step, record in _records(plan, runner, run, progress.starts):
-            results.append(record)
-            plan.finished[record.cell.key] = record
-            progress.ended(step, record)
-
-
-def _records(plan: Plan, runner: Runner, run: Run, starts: Callable[[Step], None]) -> Iterator[tuple[Step, Record]]:
-    stopped: dict[str, Skip] = {}
-    pending = plan.pending
-    for i, step in enumerate(pending):
-        began = perf_counter()
-        skip = step.skip or stopped.get(step.cell.key)
-        if skip:
-            outcome = Outcome(status=skip.status, reason=skip.reason)
-        else:
-            starts(step)
-            outcome = runner.measure(_request(step.cell, plan), plan.config.time_limit_s)
-            stopped.update(backstop(step.cell, outcome.status, outcome.reason or "", pending[i + 1 :]))
-        yield step, _record(step, outcome, plan, run, perf_counter() - began)
-
-
-def _request(cell: Cell, plan: Plan) -> MeasureRequest:
+def request_for(cell: Cell, plan: Plan) -> MeasureRequest:
+    """What a worker is asked for a cell: every measure of the plan."""
     return MeasureRequest(
         cell=cell,
         measures=plan.measures,
         threads=int(cell.device_parameters.get("threads") or default_threads()),
         memory_limit_bytes=memory_limit(cell, plan) if cell.device == "cpu" else None,
-    )
-
-
-def _record(step: Step, outcome: Outcome, plan: Plan, run: Run, elapsed_s: float) -> Record:
-    return Record(
-        run=run.run,
-        time=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        cell=step.cell,
-        code=step.prospect.code,
-        measures=list(plan.measures),
-        time_limit_s=plan.config.time_limit_s,
-        memory_limit_bytes=memory_limit(step.cell, plan) if step.cell.device == "cpu" else None,
-        elapsed_s=elapsed_s,
-        cost=step.prospect.cost,
-        **dict(outcome),
     )

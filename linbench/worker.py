@@ -233,6 +233,10 @@ def _verdict(request: MeasureRequest, mechanism: Mechanism, speed: Speed | None)
     if ceiling is not None and fastest < (floor := mechanism.flops(request.cell) / ceiling * 1e3):
         reason = f"{fastest:.4g} ms is faster than this device can do the mechanism's arithmetic ({floor:.4g} ms)"
         return Status.IMPOSSIBLE, reason
+    device = speed.device_conditions
+    if device is not None and device.lowered_samples:
+        told = ", ".join(device.throttle_reasons)
+        return Status.NOISY, f"{device.lowered_samples} samples were taken with lowered clocks ({told})"
     foreign = speed.foreign_cpu_cores
     if request.cell.device == "cpu" and foreign is not None and foreign > environment.FOREIGN_CPU_BOUND:
         return Status.NOISY, f"other processes kept {foreign:.2f} cores busy while this was timed"

@@ -27,6 +27,8 @@ TINY = (
     "causal=false",
     "measure.speed.budget_s=0.02",
     "measure=[speed,error]",
+    "rounds=1",
+    "retries=0",
 )
 
 
@@ -45,9 +47,9 @@ def records(folder: Path) -> list[Record]:
     return read_all(results_files([folder / "results"]))[1]
 
 
-def lines(folder: Path) -> int:
-    """Records in all files, repeated ones counted again."""
-    return sum(path.read_text().count('"kind":"cell"') for path in (folder / "results").rglob("*.jsonl"))
+def lines(folder: Path, kind: str = '"kind":"cell"') -> int:
+    """Lines of a kind in all files, repeated ones counted again."""
+    return sum(path.read_text().count(kind) for path in (folder / "results").rglob("*.jsonl"))
 
 
 def start(folder: Path, words: Sequence[str]) -> subprocess.Popen[str]:
@@ -62,13 +64,13 @@ def start(folder: Path, words: Sequence[str]) -> subprocess.Popen[str]:
         signal.signal(signal.SIGINT, before)
 
 
-def wait_for_records(folder: Path, count: int) -> None:
+def wait_for_records(folder: Path, count: int, kind: str = '"kind":"cell"') -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (folder / "results").is_dir() and lines(folder) >= count:
+        if (folder / "results").is_dir() and lines(folder, kind) >= count:
             return
         time.sleep(0.02)
-    raise AssertionError(f"no {count} records in time")
+    raise AssertionError(f"no {count} lines {kind} in time")
 
 
 def test_a_sweep_survives_every_broken_mechanism(tmp_path: Path) -> None:
@@ -87,8 +89,8 @@ def test_a_sweep_survives_every_broken_mechanism(tmp_path: Path) -> None:
         "linear": {Status.OK, Status.NOISY},
     }
     asked = (f"mechanism=[{','.join(ends)}]", "length=96", "heads=2", "head_dim=16", "causal=false", "time_limit_s=8")
-    memory = "device.cpu.memory_limit_bytes=1500000000"
-    done = linbench(tmp_path, "run", "--config-dir", str(PLUG_INS / "configs"), *asked, memory)
+    more = ("device.cpu.memory_limit_bytes=1500000000", "rounds=1", "retries=0")
+    done = linbench(tmp_path, "run", "--config-dir", str(PLUG_INS / "configs"), *asked, *more)
     assert done.returncode == 0, done.stderr
     found = {record.cell.mechanism: record for record in records(tmp_path)}
     assert {name: record.status for name, record in found.items() if record.status not in ends[name]} == {}
@@ -116,6 +118,20 @@ def test_a_killed_sweep_resumes_and_repeats_nothing(tmp_path: Path) -> None:
     assert "0 cells, 6 more are finished already" in again.stdout
     assert lines(tmp_path) == 6
     assert lines_after(tmp_path, *words, "resume=false") == 12
+
+
+def test_rounds_come_from_servers_of_their_own_and_go_on_after_a_kill(tmp_path: Path) -> None:
+    words = ("run", "mechanism=[softmax,linear]", *TINY[:-2], "rounds=3", "retries=0")
+    process = start(tmp_path, words)
+    wait_for_records(tmp_path, 5, '"kind":"round"')
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert lines(tmp_path) == 4
+    kept = lines(tmp_path, '"kind":"round"')
+    assert 5 <= kept < 8
+    assert linbench(tmp_path, *words).returncode == 0
+    assert (lines(tmp_path), lines(tmp_path, '"kind":"round"')) == (4, 8)
+    assert [len(record.timings) for record in records(tmp_path)] == [3, 3, 3, 3]
 
 
 def lines_after(folder: Path, *words: str) -> int:
@@ -269,6 +285,8 @@ def test_the_completion_script_can_be_installed(tmp_path: Path) -> None:
         (("run", "+lenght=3"), ["unknown key 'lenght'", "did you mean 'length'"]),
         (("run", "length=-4"), ["length=-4"]),
         (("run", "length=1.5"), ["length=1.5"]),
+        (("run", "rounds=0"), ["rounds=0", "greater than or equal to 1"]),
+        (("run", "retries=-1"), ["retries=-1", "greater than or equal to 0"]),
         (("run", "length=[1,"), ["cannot read the override"]),
         (("run", "mechanism.performer.featurs=3"), ["featurs", "features, kernel"]),
         (("run", "mechanism=linear", "mechanism.performer.features=3"), ["performer is not among the chosen"]),

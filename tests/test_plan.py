@@ -41,6 +41,8 @@ def config(**changes: Any) -> Config:
         "time_limit_s": 60,
         "results_dir": "results",
         "resume": True,
+        "rounds": 3,
+        "retries": 2,
         "shard": Shard(),
     }
     return Config(**(base | changes))

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from linbench.cell import Cell
 from linbench.errors import UsageError
-from linbench.record import SCHEMA_VERSION, Check, Environment, Memory, Record, Run, Speed, Status
+from linbench.record import SCHEMA_VERSION, Check, Environment, Memory, Record, Round, Run, Speed, Status
 from linbench.store import RunFile, read, read_all, results_files
 
 PASSED = Check(passed=True, rows=5, rows_total=5, relative_error=1e-7, worst_row_error=1e-6, tolerance=1e-4)
@@ -86,7 +86,47 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     with RunFile(tmp_path, run()) as results:
         for line in written:
             results.append(line)
-    assert read(results.path) == (run(), written)
+    assert read(results.path) == (run(), written, [])
+
+
+def again(index: int = 1, time: str = "2026-01-01T00:01:00+00:00", **changes: Any) -> Round:
+    base: dict[str, Any] = {
+        "run": "r1",
+        "time": time,
+        "cell_key": Cell(mechanism="linear", length=5).key,
+        "code": "c",
+        "index": index,
+        "order": 0,
+        "status": Status.OK,
+        "elapsed_s": 0.25,
+        "speed": SPEED,
+    }
+    return Round(**(base | changes))
+
+
+def test_rounds_join_the_record_that_they_time_again(tmp_path: Path) -> None:
+    """In the same file and in a later one; not those of other code, another cell, or an older record of the cell."""
+    with RunFile(tmp_path, run()) as results:
+        results.append(again(time="2025-12-31T23:59:59+00:00"))
+        results.append(record(check=PASSED, speed=SPEED))
+        results.append(again())
+        results.append(again(2, code="other"))
+        results.append(again(2, cell_key="0" * 16))
+    with RunFile(tmp_path, run("r2", "2026-01-02T00:00:00+00:00")) as later:
+        later.append(again(2, run="r2", time="2026-01-02T00:00:01+00:00"))
+    runs, (joined,) = read_all([results.path, later.path])
+    assert [found.run for found in runs] == ["r1", "r2"]
+    assert [(found.run, found.index) for found in joined.rounds] == [("r1", 1), ("r2", 2)]
+    assert set(joined.timings) == {("r1", 0), ("r1", 1), ("r2", 2)}
+
+
+def test_a_quiet_round_counts_for_more_than_a_disturbed_one() -> None:
+    disturbed = record(Status.NOISY, reason="others", check=PASSED, speed=SPEED)
+    assert (disturbed.best_status, set(disturbed.timings)) == (Status.NOISY, {("r1", 0)})
+    disturbed.rounds.append(again(1, status=Status.CRASH, reason="SIGSEGV", speed=None))
+    assert set(disturbed.timings) == {("r1", 0)}
+    disturbed.rounds.append(again(2))
+    assert (disturbed.best_status, set(disturbed.timings)) == (Status.OK, {("r1", 2)})
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200])
@@ -96,7 +136,7 @@ def test_a_line_cut_off_in_mid_write_is_dropped_with_a_warning(tmp_path: Path, c
         results.append(record(Status.CRASH, reason="SIGSEGV"))
     results.path.write_bytes(results.path.read_bytes()[:-cut])
     with pytest.warns(UserWarning, match="cut off"):
-        _, records = read(results.path)
+        records = read(results.path).records
     assert [line.status for line in records] == [Status.OK]
 
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from linbench.stats import Estimate, median_interval, pooled_median, ratio_of_medians, scaling_exponent
+from linbench.stats import (
+    Estimate,
+    median_interval,
+    pooled_median,
+    ratio_of_medians,
+    scaling_exponent,
+    student_quantile,
+)
 
 
 @pytest.mark.parametrize("count", [6, 7, 10, 20, 37, 200, 1001])
@@ -95,7 +102,45 @@ def test_pooled_median_of_one_process_is_its_order_statistic_interval():
 
 def test_groups_of_different_sizes_are_pooled_without_padding():
     estimate = pooled_median([[5.0] * 3, [5.0] * 8, [5.0] * 20])
-    assert (estimate.low, estimate.value, estimate.high, estimate.count) == (5.0, 5.0, 5.0, 31)
+    assert (estimate.value, estimate.count) == (5.0, 31)
+    assert (estimate.low, estimate.high) == pytest.approx((5.0, 5.0))
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.975, 0.995])
+@pytest.mark.parametrize("freedom", [1, 2, 2.7, 4, 11.3, 60])
+def test_students_quantile_is_scipys(probability, freedom):
+    assert student_quantile(probability, freedom) == pytest.approx(scipy_stats.t.ppf(probability, freedom), rel=1e-4)
+
+
+def processes(rng, count, between, within=0.02, samples=30):
+    """Samples of processes that each have a level of their own, as memory layouts give them."""
+    return [math.exp(rng.normal(0, between)) * rng.lognormal(sigma=within, size=samples) for _ in range(count)]
+
+
+@pytest.mark.parametrize("between", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_interval_over_processes_covers_the_true_median(count, between):
+    rng = np.random.default_rng(11)
+    estimates = [pooled_median(processes(rng, count, between)) for _ in range(800)]
+    hits = [estimate.low <= 1.0 <= estimate.high for estimate in estimates]
+    assert np.mean(hits) >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / 800)
+
+
+@pytest.mark.parametrize("between", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize(("above", "below"), [(2, 2), (3, 3), (5, 3)])
+def test_the_same_thing_in_other_processes_is_rarely_called_different(above, below, between):
+    rng = np.random.default_rng(12)
+    signs = [ratio_of_medians(processes(rng, above, between), processes(rng, below, between)).sign for _ in range(800)]
+    assert np.mean(np.abs(signs)) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 800)
+
+
+def test_a_difference_larger_than_the_spread_between_processes_is_found():
+    rng = np.random.default_rng(13)
+    found = [
+        ratio_of_medians([1.2 * group for group in processes(rng, 3, 0.02)], processes(rng, 3, 0.02)).sign
+        for _ in range(300)
+    ]
+    assert np.mean(np.array(found) == 1) >= 0.9
 
 
 def test_same_samples_give_the_same_interval():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
+from linbench.errors import UsageError
 from linbench.measure.call import Call
+from linbench.measure.conditions import Watch
+from linbench.measure.device_clock import DeviceClock
+from linbench.measure.device_watch import DeviceWatch
 from linbench.measure.honesty import require_honest
 from linbench.record import Speed
 from linbench.stats import median_interval
@@ -25,7 +28,12 @@ WARMUP_LIMIT_S = 1.0
 WINDOW = 5
 FEWEST_SAMPLES = 10
 LONGEST_BUDGETS = 4
-TICK_S = 0.01
+AT_ONCE = ("forward", "prefill", "decode")
+"""Passes that can be called several times in a row: the others need a graph of their own each time."""
+WATCH_EVERY = 8
+"""Samples between two readings of a GPU's state, which cost a fraction of a millisecond."""
+BACK_OFF_S = 0.2
+"""Wait after a sample with lowered clocks."""
 SHORTEST_SAMPLE_MS = 1.0
 """Shorter calls are timed several at once: the clock and its own call cost tens of nanoseconds."""
 
@@ -49,30 +57,81 @@ def measure_speed(
     Raises:
         DishonestTimingError: it does not; see :mod:`linbench.measure.honesty`.
     """
-    timer = _cuda_events if call.q.is_cuda else _wall
-    warmup, warmup_stop = _warm_up(call, timer)
-    expected = min(warmup[1:])
-    calls = 1 if call.cell.pass_ != "forward" else max(1, math.ceil(SHORTEST_SAMPLE_MS / max(expected, 1e-4)))
-    samples: list[float] = []
-    load = ForeignLoad()
-    started = time.perf_counter()
-    stop: StopReason | None = None
-    while stop is None:
-        samples.append(timer(call, calls))
-        spent = (time.perf_counter() - started) / budget_s if budget_s else math.inf
-        stop = _stop(samples, min_samples, max_samples, precision, spent)
-    foreign = load.cores()
-    require_honest(call, output)
-    return Speed(
-        clock="cuda_event" if call.q.is_cuda else "perf_counter",
-        warmup_ms=warmup,
-        warmup_stop=warmup_stop,
-        samples_ms=samples,
-        calls_per_sample=calls,
-        stop=stop,
-        threads=torch.get_num_threads(),
-        foreign_cpu_cores=foreign,
-    )
+    with _timer(call) as (timer, device):
+        warmup, warmup_stop = _warm_up(call, timer)
+        expected = min(warmup[1:])
+        several = call.cell.pass_ in AT_ONCE and device is None
+        calls = max(1, math.ceil(SHORTEST_SAMPLE_MS / max(expected, 1e-4))) if several else 1
+        samples: list[float] = []
+        load = Watch()
+        started = time.perf_counter()
+        stop: StopReason | None = None
+        while stop is None:
+            sample = timer(call, calls)
+            spent = (time.perf_counter() - started) / budget_s if budget_s else math.inf
+            if device is not None and device.rejects(len(samples), spent):
+                continue
+            samples.append(sample)
+            stop = _stop(samples, min_samples, max_samples, precision, spent)
+        foreign, conditions = load.foreign_cores(), load.conditions()
+        require_honest(call, output)
+        return Speed(
+            clock="cuda_event" if call.q.is_cuda else "perf_counter",
+            warmup_ms=warmup,
+            warmup_stop=warmup_stop,
+            samples_ms=samples,
+            calls_per_sample=calls,
+            stop=stop,
+            threads=torch.get_num_threads(),
+            foreign_cpu_cores=foreign,
+            conditions=conditions,
+            **({} if device is None else device.others(call, samples)),
+        )
+
+
+class _Device:
+    """What a CUDA cell has beside its event clock: the GPU's state, a graph, the host's clock."""
+
+    def __init__(self, clock: DeviceClock, watch: DeviceWatch | None, locked_mhz: int | None) -> None:
+        self._clock, self._watch, self._locked_mhz = clock, watch, locked_mhz
+
+    def rejects(self, taken: int, budgets: float) -> bool:
+        """Whether clocks are lowered, and there is time to wait for better ones."""
+        if self._watch is None or (taken % WATCH_EVERY and not self._watch.discarded):
+            return False
+        if not self._watch.lowered():
+            return False
+        if budgets > LONGEST_BUDGETS:
+            self._watch.kept += 1
+            return False
+        self._watch.discarded += 1
+        time.sleep(BACK_OFF_S)
+        return True
+
+    def others(self, call: Call, samples: list[float]) -> dict[str, Any]:
+        """Fields of the block that a CPU cell does not have."""
+        host = self._clock.host(call, median(samples))
+        graph, reason = self._clock.graph(call)
+        found: dict[str, Any] = {"host_ms": host, "graph_ms": graph, "graph_reason": reason}
+        if self._watch is not None:
+            self._watch.lowered()
+            found["device_conditions"] = self._watch.conditions(self._locked_mhz)
+        return found
+
+
+@contextlib.contextmanager
+def _timer(call: Call) -> Iterator[tuple[Callable[[Call, int], float], _Device | None]]:
+    """The cell's clock, and what a CUDA cell has beside it."""
+    if not call.q.is_cuda:
+        yield _wall, None
+        return
+    clock, watch = DeviceClock(call.q.device), DeviceWatch.of(call.q.device)
+    asked = call.cell.device_parameters.get("lock_clock_mhz")
+    mhz = None if asked is None else int(asked)
+    if mhz is not None and watch is None:
+        raise UsageError(f"device.cuda.lock_clock_mhz={mhz}: the package nvidia-ml-py is missing, or knows no such GPU")
+    with watch.locked(mhz) if watch is not None else contextlib.nullcontext():
+        yield clock.events, _Device(clock, watch, mhz)
 
 
 def _warm_up(call: Call, timer: Callable[[Call, int], float]) -> tuple[list[float], Literal["steady", "limit"]]:
@@ -119,49 +178,3 @@ def _wall(call: Call, calls: int) -> float:
     for part in parts:
         part()
     return (time.perf_counter_ns() - start) / 1e6 / calls
-
-
-def _cuda_events(call: Call, calls: int) -> float:
-    """Milliseconds of one call on the device's clock, the mean of ``calls``."""
-    parts = [call.timed_part() for _ in range(calls)]
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()
-    for part in parts:
-        part()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / calls
-
-
-class _Ticks(NamedTuple):
-    wall_s: float
-    busy_s: float
-    own_s: float
-
-
-class ForeignLoad:
-    """Processor time that other processes take while this one measures: the best single sign of a disturbed sample."""
-
-    def __init__(self) -> None:
-        self._start = self._read()
-
-    def cores(self) -> float | None:
-        """Cores kept busy by others since construction; None where ``/proc/stat`` does not exist.
-
-        The kernel counts in ticks of 10 ms, and two counters are subtracted: two ticks say nothing and are left out.
-        """
-        end = self._read()
-        if self._start is None or end is None:
-            return None
-        wall = end.wall_s - self._start.wall_s
-        foreign = (end.busy_s - self._start.busy_s) - (end.own_s - self._start.own_s)
-        return max(0.0, foreign - 2 * TICK_S) / wall if wall > 0 else None
-
-    @staticmethod
-    def _read() -> _Ticks | None:
-        if not Path("/proc/stat").exists():
-            return None
-        total, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        busy = sum(total) - total.idle - total.iowait - total.guest - total.guest_nice  # guest time is in user already
-        return _Ticks(time.perf_counter(), busy, own.user + own.system)

@@ -16,7 +16,7 @@ from linbench.stats import Estimate, Samples, median_interval, pooled_median
 
 EXACT = "softmax"
 """The mechanism whose implementations are the exact attention that all others are held against."""
-_PASSES = ("forward", "backward", "forward_backward")
+_PASSES = ("forward", "backward", "forward_backward", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Point:
     def measured(self) -> tuple[Record, ...]:
         """The records that carry numbers. Noisy ones count only where there is no better one."""
         for status in (Status.OK, Status.NOISY):
-            found = tuple(record for record in self.records if record.status is status)
+            found = tuple(record for record in self.records if record.best_status is status)
             if found:
                 return found
         return ()
@@ -91,18 +91,27 @@ class Point:
     def status(self) -> Status:
         """That of the measured records, or the most frequent failure."""
         if self.measured:
-            return self.measured[0].status
+            return self.measured[0].best_status
         return Counter(record.status for record in self.records).most_common(1)[0][0]
 
     @cached_property
     def reason(self) -> str:
         """Of the status above; empty when all is well."""
-        return next((record.reason or "" for record in self.records if record.status is self.status), "")
+        if self.status is Status.OK:
+            return ""
+        return next((record.reason or "" for record in self.records if record.best_status is self.status), "")
 
     @cached_property
     def samples_ms(self) -> list[Samples]:
-        """Milliseconds of one call: one array for each process that measured it."""
-        return [np.array(record.speed.samples_ms) for record in self.measured if record.speed]
+        """Milliseconds of one call: one array for each server whose processes measured it.
+
+        Cells that differ in their inputs alone, of one round, share their server's memory layout: one observation.
+        """
+        servers: dict[tuple[str, int], list[float]] = defaultdict(list)
+        for record in self.measured:
+            for server, speed in record.timings.items():
+                servers[server] += speed.samples_ms
+        return [np.array(samples) for samples in servers.values()]
 
     @cached_property
     def latency_ms(self) -> Estimate | None:

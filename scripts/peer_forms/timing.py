@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from linbench.measure.clock import ForeignLoad
+from linbench.measure.conditions import Watch
 from peer_forms.pair import Comparison, Operator, Pair, draw
 
 GIB = 2**30
@@ -139,7 +139,7 @@ def abba(pair: Pair, toward: Tensor | None, limits: Limits) -> dict[str, Any]:
     """Milliseconds per side and round, two a round, in the order ours, peer, peer, ours; and foreign CPU in cores."""
     ours: list[list[float]] = []
     peer: list[list[float]] = []
-    load, start = ForeignLoad(), time.perf_counter()
+    load, start = Watch(), time.perf_counter()
     while len(ours) < limits.rounds:
         spent = time.perf_counter() - start
         if ours and spent > (limits.budget_s if len(ours) > 1 else 3 * limits.budget_s):
@@ -148,7 +148,7 @@ def abba(pair: Pair, toward: Tensor | None, limits: Limits) -> dict[str, Any]:
         a, b, c, d = (seconds(side, pair.leaves, toward) * 1e3 for side in (pair.ours, pair.peer, pair.peer, pair.ours))
         ours.append([a, d])
         peer.append([b, c])
-    return {"ours_ms": ours, "peer_ms": peer, "foreign_cpu_cores": load.cores()}
+    return {"ours_ms": ours, "peer_ms": peer, "foreign_cpu_cores": load.foreign_cores()}
 
 
 def summary(samples: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from linbench.cell import Cell
 from linbench.measure import clock
 from linbench.measure.call import Call
-from linbench.measure.clock import ForeignLoad, measure_speed
+from linbench.measure.clock import measure_speed
+from linbench.measure.conditions import Watch
 from linbench.mechanisms.base import Description, Geometry, Mechanism
 from linbench.record import Speed
 
@@ -166,9 +167,9 @@ def test_a_busy_neighbour_is_noticed() -> None:
     spin = "import time; end = time.time() + 3\nwhile time.time() < end: pass"
     neighbour = subprocess.Popen([sys.executable, "-c", spin])
     time.sleep(0.3)
-    load = ForeignLoad()
+    load = Watch()
     time.sleep(1.0)
-    cores = load.cores()
+    cores = load.foreign_cores()
     neighbour.kill()
     neighbour.wait()
     assert cores is not None
@@ -177,14 +178,14 @@ def test_a_busy_neighbour_is_noticed() -> None:
 
 def test_our_own_work_is_not_foreign() -> None:
     """Compared with what the neighbours did in the second before, since the machine may not be ours alone."""
-    before = ForeignLoad()
+    before = Watch()
     time.sleep(0.7)
-    idle = before.cores()
-    load = ForeignLoad()
+    idle = before.foreign_cores()
+    load = Watch()
     end = time.perf_counter() + 0.7
     while time.perf_counter() < end:
         pass
-    cores = load.cores()
+    cores = load.foreign_cores()
     assert cores is not None
     assert idle is not None
     assert cores < idle + 0.5
