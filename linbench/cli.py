@@ -89,6 +89,7 @@ def run(config: DictConfig, command: str) -> int:
     from linbench.execution import execute
     from linbench.hydra_front import checked
     from linbench.progress import SweepProgress, duration
+    from linbench.report.rounds import sentence
     from linbench.runner import Runner
     from linbench.store import read_all
     from linbench.sweep import prepare
@@ -109,6 +110,8 @@ def run(config: DictConfig, command: str) -> int:
     files = [plan.folder / f"{name}.jsonl" for name in plan.runs]
     spent = duration(sum(record.elapsed_s + sum(again.elapsed_s for again in record.rounds) for record in records))
     print(f"{_tally(records)}; {spent} of measuring. Records: {files[-1]}")
+    if told := sentence(records):
+        print(told)
     title = f"linbench {asked.sweep} on {plan.environment.machine}"
     runs, _ = read_all(files)
     print(f"Report: {_write_report(runs, records, files[-1].with_suffix('.report'), title)}")

@@ -29,10 +29,10 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sweep = ["mechanism=[softmax,linear,linformer,longformer]", f"seed={list(range(10))}", "length=[64,96]"]
-        shape = ["heads=2", "head_dim=16", "causal=false", "measure.speed.budget_s=0.02"]
+        shape = ["heads=2", "head_dim=16", "causal=false", "measure.speed.budget_s=0.02", "rounds=1", "retries=0"]
         command = [sys.executable, "-m", "linbench", "run", *sweep, *shape]
         subprocess.run([word.replace(" ", "") for word in command], cwd=folder, check=True, capture_output=True)
-        run, records = read(results_files([Path(folder)])[0])
+        run, records, _ = read(results_files([Path(folder)])[0])
     ends = [datetime.fromisoformat(record.time).timestamp() for record in records]
     overheads = [
         after - before - sum(record.stages_s.values())

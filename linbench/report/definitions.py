@@ -11,13 +11,14 @@ DEFINITIONS = (
     (
         "Interval",
         "the range that holds the true median with 95 % confidence. Within one process it is made of order statistics "
-        "and assumes no distribution; over several processes it comes from a bootstrap of processes and their samples. "
+        "and assumes no distribution; over the processes of several rounds it is Student's, over the logarithms of "
+        "their medians, because one process is one sample of how memory lies. "
         "A dagger (†) marks five samples or fewer: their range, which is worth less than 95 %.",
     ),
     (
         "× exact",
         "latency over that of the fastest implementation of exact softmax attention in the same table: below 1 is "
-        "faster. The sign ≈ says that the 95 % bootstrap interval of the ratio holds 1: too close to call.",
+        "faster. The sign ≈ says that the 95 % interval of the ratio holds 1: too close to call.",
     ),
     (
         "Memory increment",
@@ -52,8 +53,13 @@ DEFINITIONS = (
     ),
     (
         "Noisy",
-        "a measurement whose interval stayed too wide for the precision that was asked for. Its numbers are shown, and "
-        "count where there are no better ones.",
+        "a time that other processes (or a GPU's lowered clocks) disturbed in every attempt. Its numbers are shown, "
+        "and count where there are no better ones.",
+    ),
+    (
+        "Launch-bound",
+        "on a CUDA device: more than a fifth of the host's time of a call passes without its kernels running. Such a "
+        "time says more of Python and the driver than of the mechanism.",
     ),
     ("1k", "1,024 tokens; 1 KiB is 1,024 bytes."),
 )

@@ -91,7 +91,7 @@ def _row(point: Point, exact: Point | None, best: frozenset[str]) -> Row:
         error=_error(wrong) if wrong else units.MISSING,
         excess=units.ratio(excess) if excess is not None else units.MISSING,
         reading=point.reading or units.MISSING,
-        status=point.status.replace("_", " "),
+        status=point.status.replace("_", " ") + (", launch-bound" if point.launch_bound else ""),
         reason=point.reason,
         best=best,
     )

@@ -16,6 +16,7 @@ from linbench.stats import Estimate, Samples, median_interval, pooled_median
 
 EXACT = "softmax"
 """The mechanism whose implementations are the exact attention that all others are held against."""
+LAUNCH_BOUND = 0.2
 _PASSES = ("forward", "backward", "forward_backward", "prefill", "decode")
 
 
@@ -117,6 +118,20 @@ class Point:
     def latency_ms(self) -> Estimate | None:
         """Median milliseconds of one call."""
         return pooled_median(self.samples_ms) if self.samples_ms else None
+
+    @cached_property
+    def launch_overhead(self) -> float | None:
+        """CUDA: the share of the host's time of a call in which its kernels do not run; None on a CPU."""
+        timed = [speed for record in self.measured for speed in record.timings.values() if speed.host_ms]
+        if not timed:
+            return None
+        shares = [1 - np.median(speed.graph_ms or speed.samples_ms) / np.median(speed.host_ms) for speed in timed]
+        return max(0.0, float(np.median(shares)))
+
+    @property
+    def launch_bound(self) -> bool:
+        """Launches take more than a fifth: the time is that of the host, and no mean over cells should count it."""
+        return self.launch_overhead is not None and self.launch_overhead > LAUNCH_BOUND
 
     @cached_property
     def memory_bytes(self) -> Estimate | None:

@@ -1,0 +1,1 @@
+"""The parts of scripts/acceptance, one file each: a question, what was measured, and whether the answer holds."""
