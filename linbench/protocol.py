@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from linbench.cell import Cell, Scalar
 from linbench.conformance.finding import Finding
 from linbench.plan import Prospect, Rates
-from linbench.record import Block, Check, Environment, Error, Fit, Kernel, Memory, Speed, Status, Structure
+from linbench.record import Block, Check, Environment, Error, Fit, Kernel, Memory, Peaks, Speed, Status, Structure
 
 
 class Measure(BaseModel):
@@ -24,6 +24,8 @@ class MeasureRequest(BaseModel):
     measures: dict[str, Measure]
     threads: int
     memory_limit_bytes: int | None
+    peaks: Peaks | None = None
+    """Of the cell's device: a time under what they allow is no time. None where nobody measured them."""
 
 
 class Outcome(Block):

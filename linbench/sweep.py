@@ -193,6 +193,7 @@ def _request(cell: Cell, plan: Plan) -> MeasureRequest:
         measures=plan.measures,
         threads=int(cell.device_parameters.get("threads") or default_threads()),
         memory_limit_bytes=memory_limit(cell, plan) if cell.device == "cpu" else None,
+        peaks=plan.environment.peaks.get(cell.device),
     )
 
 

@@ -34,6 +34,8 @@ MAY_NOT_IMPORT = {
     "measure": ["linbench.store", "linbench.report", "linbench.runner", "linbench.worker"],
     "inputs": ["linbench.store", "linbench.report", "linbench.runner", "linbench.worker", "linbench.measure"],
     "mechanisms": ["linbench.store", "linbench.report", "linbench.runner", "linbench.worker", "linbench.measure"],
+    "roofline": ["torch", "linbench.worker", "linbench.plan", "linbench.report", "linbench.measure"],
+    "doctor": ["torch", "linbench.worker", "linbench.registry", "linbench.mechanisms", "linbench.measure"],
     "report": ["torch", "linbench.runner", "linbench.registry", "linbench.worker", "linbench.store"],
 }
 
