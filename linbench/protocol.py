@@ -72,6 +72,32 @@ class Survey(BaseModel):
     missing_devices: dict[str, str]
 
 
+class TryClockRequest(BaseModel):
+    """Try the clock of a device: on kernels of known length, and on one call against itself."""
+
+    device: str
+    threads: int
+
+
+class KnownKernel(BaseModel):
+    """What the clock said of a kernel whose length is known, sample by sample."""
+
+    nominal_us: float
+    lengths_us: list[float]
+    """What the kernel took by its own reading, where it has one, else ``nominal_us``."""
+    measured_us: list[float]
+
+
+class ClockTrial(BaseModel):
+    """What the clock said."""
+
+    kernels: list[KnownKernel]
+    call: str
+    """What was timed against itself, in words."""
+    pairs_ms: list[tuple[list[float], list[float]]]
+    """Milliseconds of one call in two series that took turns, several times."""
+
+
 class ExamineRequest(BaseModel):
     """Look at one property of a mechanism, or (without a property) say which there are."""
 

@@ -32,6 +32,7 @@ from linbench.measure.peaks import measure_peaks
 from linbench.mechanisms.base import Mechanism
 from linbench.plan import Prospect, Rates
 from linbench.protocol import (
+    ClockTrial,
     Examined,
     ExamineRequest,
     ForeseeRequest,
@@ -41,6 +42,7 @@ from linbench.protocol import (
     Outcome,
     Survey,
     SurveyRequest,
+    TryClockRequest,
 )
 from linbench.provenance import source_hash
 from linbench.record import MEASURED, Cost, Speed, Status
@@ -58,6 +60,7 @@ def main(connection: Connection, task: str, request: str, log: str) -> None:
     sys.path.insert(0, str(Path.cwd()))  # a mechanism of the user's own lies beside the command that names it
     tasks: dict[str, Callable[[], str]] = {
         "survey": lambda: survey(SurveyRequest.model_validate_json(request)).model_dump_json(),
+        "try_clock": lambda: try_clock(TryClockRequest.model_validate_json(request)).model_dump_json(),
         "foresee": lambda: foresee(ForeseeRequest.model_validate_json(request)).model_dump_json(),
         "measure": lambda: measure(
             MeasureRequest.model_validate_json(request), lambda stage: connection.send(("stage", stage))
@@ -194,6 +197,17 @@ def survey(request: SurveyRequest) -> Survey:
     found = environment.describe(present, request.threads).model_copy(update={"peaks": peaks})
     rates = {device: Rates.of(seen) for device, seen in peaks.items()}
     return Survey(environment=found, rates=rates, missing_devices=missing)
+
+
+def try_clock(request: TryClockRequest) -> ClockTrial:
+    """What the clock says of kernels of known length, and of one short call against itself."""
+    from linbench.measure.trial import against_itself, known_kernels
+
+    torch.set_num_threads(request.threads)
+    cell = Cell(mechanism="softmax", length=256, device=request.device)
+    call = prepare(cell)
+    told = f"exact attention at {cell.length} tokens"
+    return ClockTrial(kernels=known_kernels(call), call=told, pairs_ms=against_itself(call))
 
 
 def _function(wanted: Measure) -> Callable[..., object]:

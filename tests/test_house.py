@@ -71,6 +71,7 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
         "import linbench",
         "import linbench.cli, linbench.hydra_front, linbench.sweep, linbench.runner, linbench.progress",
         "import linbench.store, linbench.stats, linbench.report.page",
+        "import linbench.roofline, linbench.doctor",
     ],
 )
 def test_the_parent_stays_free_of_torch(statement: str) -> None:
