@@ -7,8 +7,8 @@ Schema history (the number is in every line that is written; readers keep every 
    has one; blocks ``fit``, ``structure`` and ``kernel``.
 3. ``speed`` says whether the warm-up became steady; ``error`` has positions, gradients and seeds; ``structure`` has the
    implied attention map.
-4. Rounds in processes of several servers; evidence of what disturbed a time; peaks of the device; cold starts, frontiers;
-   passes ``prefill`` and ``decode``; what is kept for the backward and for the next token.
+4. Rounds in processes of several servers; evidence of what disturbed a time; peaks of the device; cold starts,
+   frontiers; passes ``prefill`` and ``decode``; what is kept for the backward and for the next token.
 """
 
 from __future__ import annotations
