@@ -90,15 +90,17 @@ def _envelope(peaks: Peaks) -> tuple[list[int], list[float]]:
 
 
 BYTES_SLACK = 2.0
-"""No kernel moves bytes more than twice as fast as a copy of a smaller working set.
+SET_SLACK = 4
+"""No kernel moves the bytes of a working set more than twice as fast as a copy moves those of a set a quarter as large.
 
 Hot caches are no excuse, since the copy's are hot as well: it is repeated over the same tensors. What a kernel can have
 over a copy is (1) fewer writes: a line that is written crosses memory twice when it is fetched first, so that three
-reads to a write move 4 counted bytes for 5 real ones, a copy 2 for 3, a factor of 1.2; pure reads would have 1.5;
-(2) a better place between two sizes that were measured, where the rate falls within a few KiB from one cache to the
-next: the rate is therefore that of the next smaller size, which lies above the fall; (3) a survey on a busy machine:
-what is left, 1.6 for three reads to a write, is for that. Sets that fit the first-level cache may be faster yet, but
-take less time than a call does.
+reads to a write move 4 counted bytes for 5 real ones, a copy 2 for 3, a factor of 1.2; pure reads have 1.5; (2) a place
+just below one of the edges where the rate falls from one cache to the next, while the size that was measured lies
+beyond it: hence the smaller set; sizes are measured at every factor of four; (3) a survey on a busy machine, whose
+neighbours take a part of what cores share: what is left of the factor, 1.6 for three reads to a write. On two busy
+cores torch's own copies stayed a factor of 1.9 above this floor, additions 1.5, and products of two vectors, which only
+read, 1.2. Sets that fit the first-level cache may be faster yet, but take less time than a call does.
 """
 CUDA_PRODUCT_SLACK = 1.2
 """On a GPU the fastest product of any dtype, and a fifth more: a clock may rise after the survey by a tenth or so. Of
@@ -121,7 +123,7 @@ def impossible_below_ms(cell: Cell, flops: int, min_bytes: int, peaks: Peaks | N
     floors = {}
     sizes, rates = _envelope(peaks)
     if sizes:
-        smaller = [rate for size, rate in zip(sizes, rates, strict=True) if size <= min_bytes] or rates[:1]
+        smaller = [rate for size, rate in zip(sizes, rates, strict=True) if SET_SLACK * size <= min_bytes] or rates[:1]
         scale = max(1.0, threads / peaks.threads) if cell.device == "cpu" else 1.0
         floors["move the mechanism's bytes"] = 1e3 * min_bytes / (BYTES_SLACK * scale * smaller[-1])
     if cell.device == "cuda" and peaks.product_flops_per_s:
