@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from linbench.cell import Cell, Scalar
 from linbench.config import Choice, Config
-from linbench.record import Cost, Status
+from linbench.record import Cost, Peaks, Status
 
 
 class Rates(BaseModel):
@@ -18,6 +18,16 @@ class Rates(BaseModel):
 
     flops_per_s: float = 2e10
     bytes_per_s: float = 5e9
+
+    @classmethod
+    def of(cls, peaks: Peaks) -> Rates:
+        """Those of measured peaks: products in float32, copies of the largest working set."""
+        known = {}
+        if "float32" in peaks.product_flops_per_s:
+            known["flops_per_s"] = peaks.product_flops_per_s["float32"]
+        if peaks.copy_bytes_per_s:
+            known["bytes_per_s"] = peaks.copy_bytes_per_s[max(peaks.copy_bytes_per_s, key=int)]
+        return cls(**known)
 
 
 class Prospect(BaseModel):

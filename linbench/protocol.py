@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from linbench.cell import Cell, Scalar
 from linbench.conformance.finding import Finding
 from linbench.plan import Prospect, Rates
-from linbench.record import Block, Check, Environment, Error, Fit, Kernel, Memory, Speed, Status, Structure
+from linbench.record import Block, Check, Environment, Error, Fit, Kernel, Memory, Peaks, Speed, Status, Structure
 
 
 class Measure(BaseModel):
@@ -24,6 +24,8 @@ class MeasureRequest(BaseModel):
     measures: dict[str, Measure]
     threads: int
     memory_limit_bytes: int | None
+    peaks: Peaks | None = None
+    """Of the cell's device: a time under what they allow is no time. None where nobody measured them."""
 
 
 class Outcome(Block):
@@ -68,6 +70,32 @@ class Survey(BaseModel):
     environment: Environment
     rates: dict[str, Rates]
     missing_devices: dict[str, str]
+
+
+class TryClockRequest(BaseModel):
+    """Try the clock of a device: on kernels of known length, and on one call against itself."""
+
+    device: str
+    threads: int
+
+
+class KnownKernel(BaseModel):
+    """What the clock said of a kernel whose length is known, sample by sample."""
+
+    nominal_us: float
+    lengths_us: list[float]
+    """What the kernel took by its own reading, where it has one, else ``nominal_us``."""
+    measured_us: list[float]
+
+
+class ClockTrial(BaseModel):
+    """What the clock said."""
+
+    kernels: list[KnownKernel]
+    call: str
+    """What was timed against itself, in words."""
+    pairs_ms: list[tuple[list[float], list[float]]]
+    """Milliseconds of one call in two series that took turns, several times."""
 
 
 class ExamineRequest(BaseModel):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from linbench.protocol import (
+    ClockTrial,
     Examined,
     ExamineRequest,
     ForeseeRequest,
@@ -31,6 +32,7 @@ from linbench.protocol import (
     Outcome,
     Survey,
     SurveyRequest,
+    TryClockRequest,
 )
 from linbench.record import Status
 
@@ -89,6 +91,17 @@ class Runner:
         if ended.answer is None:
             raise RuntimeError(f"this machine cannot be surveyed: {_death(ended)}")
         return Survey.model_validate_json(ended.answer)
+
+    def try_clock(self, request: TryClockRequest) -> ClockTrial:
+        """Try the clock of a device in a child.
+
+        Raises:
+            RuntimeError: the child gave no answer.
+        """
+        ended = self._run("try_clock", request.model_dump_json(), SURVEY_LIMIT_S)
+        if ended.answer is None:
+            raise RuntimeError(f"the clock of {request.device} cannot be tried: {_death(ended)}")
+        return ClockTrial.model_validate_json(ended.answer)
 
     def foresee(self, request: ForeseeRequest) -> Foresight:
         """Ask a child about the cells before they run.

@@ -170,4 +170,5 @@ def request_for(cell: Cell, plan: Plan) -> MeasureRequest:
         measures=plan.measures,
         threads=int(cell.device_parameters.get("threads") or default_threads()),
         memory_limit_bytes=memory_limit(cell, plan) if cell.device == "cpu" else None,
+        peaks=plan.environment.peaks.get(cell.device),
     )

@@ -28,9 +28,11 @@ from linbench.measure.check import check, check_rows
 from linbench.measure.error import NonFiniteOutputError, UndefinedError
 from linbench.measure.honesty import DishonestTimingError
 from linbench.measure.memory import UnmeasurableMemoryError
+from linbench.measure.peaks import measure_peaks
 from linbench.mechanisms.base import Mechanism
 from linbench.plan import Prospect, Rates
 from linbench.protocol import (
+    ClockTrial,
     Examined,
     ExamineRequest,
     ForeseeRequest,
@@ -40,9 +42,11 @@ from linbench.protocol import (
     Outcome,
     Survey,
     SurveyRequest,
+    TryClockRequest,
 )
 from linbench.provenance import source_hash
 from linbench.record import MEASURED, Cost, Speed, Status
+from linbench.roofline import impossible_below_ms
 
 
 def main(connection: Connection, task: str, request: str, log: str) -> None:
@@ -56,6 +60,7 @@ def main(connection: Connection, task: str, request: str, log: str) -> None:
     sys.path.insert(0, str(Path.cwd()))  # a mechanism of the user's own lies beside the command that names it
     tasks: dict[str, Callable[[], str]] = {
         "survey": lambda: survey(SurveyRequest.model_validate_json(request)).model_dump_json(),
+        "try_clock": lambda: try_clock(TryClockRequest.model_validate_json(request)).model_dump_json(),
         "foresee": lambda: foresee(ForeseeRequest.model_validate_json(request)).model_dump_json(),
         "measure": lambda: measure(
             MeasureRequest.model_validate_json(request), lambda stage: connection.send(("stage", stage))
@@ -182,40 +187,27 @@ def _settings(measures: dict[str, Measure]) -> object:
 
 
 def survey(request: SurveyRequest) -> Survey:
-    """The machine, and how fast it is, roughly."""
+    """The machine, and how fast it is."""
     torch.set_num_threads(request.threads)
     missing = {}
     if "cuda" in request.devices and not torch.cuda.is_available():
         missing["cuda"] = f"torch {torch.__version__} sees no CUDA device"
     present = [device for device in request.devices if device not in missing]
-    return Survey(
-        environment=environment.describe(present, request.threads),
-        rates={device: _rates(torch.device(device)) for device in present},
-        missing_devices=missing,
-    )
+    peaks = {device: measure_peaks(torch.device(device)) for device in present}
+    found = environment.describe(present, request.threads).model_copy(update={"peaks": peaks})
+    rates = {device: Rates.of(seen) for device, seen in peaks.items()}
+    return Survey(environment=found, rates=rates, missing_devices=missing)
 
 
-def _rates(device: torch.device) -> Rates:
-    """Matrix-product and copy rates from a few milliseconds of each."""
+def try_clock(request: TryClockRequest) -> ClockTrial:
+    """What the clock says of kernels of known length, and of one short call against itself."""
+    from linbench.measure.trial import against_itself, known_kernels
 
-    def fastest(action: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            action()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    width = 512 if device.type == "cpu" else 4096
-    square = torch.randn(width, width, device=device)
-    source = torch.randn(2**22 if device.type == "cpu" else 2**27, device=device)
-    target = torch.empty_like(source)
-    return Rates(
-        flops_per_s=2 * width**3 / fastest(lambda: square @ square),
-        bytes_per_s=8 * source.numel() / fastest(lambda: target.copy_(source)),
-    )
+    torch.set_num_threads(request.threads)
+    cell = Cell(mechanism="softmax", length=256, device=request.device)
+    call = prepare(cell)
+    told = f"exact attention at {cell.length} tokens"
+    return ClockTrial(kernels=known_kernels(call), call=told, pairs_ms=against_itself(call))
 
 
 def _function(wanted: Measure) -> Callable[..., object]:
@@ -229,10 +221,13 @@ def _verdict(request: MeasureRequest, mechanism: Mechanism, speed: Speed | None)
     if speed is None:
         return Status.OK, None
     fastest = min(speed.samples_ms)
-    ceiling = environment.flops_ceiling(request.cell, speed.threads)
-    if ceiling is not None and fastest < (floor := mechanism.flops(request.cell) / ceiling * 1e3):
-        reason = f"{fastest:.4g} ms is faster than this device can do the mechanism's arithmetic ({floor:.4g} ms)"
-        return Status.IMPOSSIBLE, reason
+    flops, min_bytes = mechanism.flops(request.cell), mechanism.min_bytes(request.cell)
+    floors = impossible_below_ms(request.cell, flops, min_bytes, request.peaks, speed.threads)
+    if (ceiling := environment.flops_ceiling(request.cell, speed.threads)) is not None:
+        floors["do the mechanism's arithmetic"] = flops / ceiling * 1e3
+    work, floor = max(floors.items(), key=lambda known: known[1], default=("", 0.0))
+    if fastest < floor:
+        return Status.IMPOSSIBLE, f"{fastest:.4g} ms is faster than this device can {work} ({floor:.4g} ms)"
     device = speed.device_conditions
     if device is not None and device.lowered_samples:
         told = ", ".join(device.throttle_reasons)

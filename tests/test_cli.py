@@ -333,7 +333,7 @@ def test_report_reads_a_folder(tmp_path: Path) -> None:
     done = linbench(tmp_path, "report", "results", "--output", "page", "--title", "A & B")
     assert done.returncode == 0, done.stderr
     assert "A &amp; B" in (tmp_path / "page" / "index.html").read_text()
-    assert (tmp_path / "page" / "report.md").is_file()
+    assert "Share of roofline" in (tmp_path / "page" / "report.md").read_text()
 
 
 def test_list_names_every_choice(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from linbench.record import (
     Fit,
     Kernel,
     Memory,
+    Peaks,
     Record,
     Run,
     Speed,
@@ -93,7 +94,9 @@ def test_every_picture_and_file_that_the_documents_link_exists() -> None:
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
 
 
-@pytest.mark.parametrize("model", [Run, Environment, Record, Cost, Check, Speed, Memory, Error, Fit, Structure, Kernel])
+@pytest.mark.parametrize(
+    "model", [Run, Environment, Peaks, Record, Cost, Check, Speed, Memory, Error, Fit, Structure, Kernel]
+)
 def test_every_field_of_a_record_is_defined(model: type[BaseModel]) -> None:
     text = (ROOT / "results" / "README.md").read_text()
     for name in model.model_fields:

@@ -34,6 +34,8 @@ MAY_NOT_IMPORT = {
     "measure": ["linbench.store", "linbench.report", "linbench.runner", "linbench.worker"],
     "inputs": ["linbench.store", "linbench.report", "linbench.runner", "linbench.worker", "linbench.measure"],
     "mechanisms": ["linbench.store", "linbench.report", "linbench.runner", "linbench.worker", "linbench.measure"],
+    "roofline": ["torch", "linbench.worker", "linbench.plan", "linbench.report", "linbench.measure"],
+    "doctor": ["torch", "linbench.worker", "linbench.registry", "linbench.mechanisms", "linbench.measure"],
     "report": ["torch", "linbench.runner", "linbench.registry", "linbench.worker", "linbench.store"],
 }
 
@@ -69,6 +71,7 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
         "import linbench",
         "import linbench.cli, linbench.hydra_front, linbench.sweep, linbench.runner, linbench.progress",
         "import linbench.store, linbench.stats, linbench.report.page",
+        "import linbench.roofline, linbench.doctor",
     ],
 )
 def test_the_parent_stays_free_of_torch(statement: str) -> None:

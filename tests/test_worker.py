@@ -9,8 +9,8 @@ from linbench import worker
 from linbench.cell import Cell
 from linbench.errors import UsageError
 from linbench.measure.error import UndefinedError
-from linbench.protocol import ForeseeRequest, Measure, MeasureRequest
-from linbench.record import Status
+from linbench.protocol import ForeseeRequest, Measure, MeasureRequest, Outcome, SurveyRequest
+from linbench.record import Peaks, Status
 
 ERROR = Measure(target="linbench.measure.judge.judge_error")
 SPEED = Measure(target="linbench.measure.clock.measure_speed", parameters={"budget_s": 0.01})
@@ -63,6 +63,24 @@ def test_a_cell_goes_through_its_stages_in_order() -> None:
     assert outcome.memory is None
 
 
+def test_a_time_under_the_floor_of_measured_peaks_is_impossible() -> None:
+    """A real mechanism, on a device that is said to copy one byte a second."""
+
+    def outcome(bytes_per_s: float) -> Outcome:
+        rates = {"copy_bytes_per_s": {"65536": bytes_per_s}, "product_flops_per_s": {"float32": 1.0}}
+        peaks = Peaks(threads=1, product_shapes={}, method="by hand", **rates)  # type: ignore[arg-type]
+        request = MeasureRequest(
+            cell=cell(), measures={"speed": SPEED}, threads=1, memory_limit_bytes=None, peaks=peaks
+        )
+        return worker.measure(request, lambda _: None)
+
+    slow = outcome(1.0)
+    assert slow.status is Status.IMPOSSIBLE
+    assert "faster than this device can move the mechanism's bytes" in (slow.reason or "")
+    assert slow.speed is None
+    assert outcome(1e15).status in (Status.OK, Status.NOISY)
+
+
 def test_values_that_are_all_zero_have_no_error_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = lambda cell: tuple(torch.zeros(1, 2, 20, width) for width in (5, 5, 3))  # noqa: E731
     monkeypatch.setattr("linbench.inputs.draw", zeros)
@@ -103,3 +121,19 @@ def test_the_prospect_says_what_a_cell_costs_and_why_it_cannot_run() -> None:
     assert good.cost.flops > 0
     assert "only reference, torch" in (lacking.unsupported or "")
     assert "unknown mechanism 'nothing'" in (unknown.usage_error or "")
+
+
+def test_the_survey_measures_the_devices_that_are_there_and_names_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Peaks(
+        threads=1,
+        copy_bytes_per_s={"65536": 2e10, "1048576": 3e9},
+        product_flops_per_s={"float32": 7e10},
+        product_shapes={},
+        method="by hand",
+    )
+    monkeypatch.setattr(worker, "measure_peaks", lambda _device: known)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    survey = worker.survey(SurveyRequest(devices=["cpu", "cuda"], threads=1))
+    assert survey.environment.peaks == {"cpu": known}
+    assert survey.rates["cpu"].model_dump() == {"flops_per_s": 7e10, "bytes_per_s": 3e9}
+    assert "sees no CUDA device" in survey.missing_devices["cuda"]

@@ -63,3 +63,13 @@ DEFINITIONS = (
     ),
     ("1k", "1,024 tokens; 1 KiB is 1,024 bytes."),
 )
+
+ROOFLINE = (
+    "Share of roofline",
+    "the least time that the peaks of the device allow, over the latency; in brackets the side that binds: the "
+    "arithmetic or the bytes of the mechanism's cost model. Peaks were measured when the run began: matrix products in "
+    "the cell's own dtype (in float32 where the device has none in that dtype), copies of a working set of that size. "
+    "Implementations that compute in another dtype than the cell's are held against the cell's all the same. A dash: "
+    "no peaks, or peaks of another number of threads.",
+)
+"""Only where a table has the column."""

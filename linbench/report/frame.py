@@ -7,28 +7,33 @@ from typing import Any
 
 import pandas as pd
 
-from linbench.record import Record, Run
+from linbench.record import Environment, Record, Run
 from linbench.report.points import inputs_of, series_of
+from linbench.roofline import roofline
 from linbench.stats import median_interval
 
 
 def records_frame(records: Sequence[Record], runs: Sequence[Run]) -> pd.DataFrame:
     """One row for each record, in their order. Units are in the column names; what was not measured is empty."""
-    machines = {run.run: run.environment.machine for run in runs}
+    environments = {run.run: run.environment for run in runs}
     rows = [
-        _identity(record, machines.get(record.run)) | _speed(record) | _memory(record) | _error(record)
+        _identity(record, environments.get(record.run))
+        | _speed(record)
+        | _roofline(record, environments.get(record.run))
+        | _memory(record)
+        | _error(record)
         for record in records
     ]
     return pd.DataFrame(rows)
 
 
-def _identity(record: Record, machine: str | None) -> dict[str, Any]:
+def _identity(record: Record, environment: Environment | None) -> dict[str, Any]:
     cell = record.cell
     return {
         "run": record.run,
         "time": record.time,
         "key": cell.key,
-        "machine": machine,
+        "machine": environment.machine if environment else None,
         "device": cell.device,
         "mechanism": cell.mechanism,
         "hyperparameters": series_of(cell).hyperparameters,
@@ -58,6 +63,15 @@ def _speed(record: Record) -> dict[str, Any]:
         "stop": record.speed.stop,
         "threads": record.speed.threads,
         "foreign_cpu_cores": record.speed.foreign_cpu_cores,
+    }
+
+
+def _roofline(record: Record, environment: Environment | None) -> dict[str, Any]:
+    found = roofline(record, environment)
+    return {
+        "roofline_floor_ms": found.floor_ms if found else None,
+        "roofline_bound": found.bound if found else None,
+        "roofline_share": found.share if found else None,
     }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from linbench.record import Environment
 from linbench.report import units
 from linbench.report.crossover import fastest_exact
 from linbench.report.names import setting_names, variant_name
@@ -22,6 +23,8 @@ class Row:
     variant: str
     latency: str = units.MISSING
     ratio: str = units.MISSING
+    roofline: str = units.MISSING
+    """Share of the roofline, and which of its sides binds."""
     memory: str = units.MISSING
     skill: str = units.MISSING
     error: str = units.MISSING
@@ -63,22 +66,30 @@ def make_leagues(points: Points) -> list[League]:
         by_length: dict[int, list[Point]] = defaultdict(list)
         for point in group:
             by_length[point.length].append(point)
-        tables = [Table(units.tokens(n), make_rows(by_length[n]), n == opened) for n in sorted(by_length)]
+        tables = [
+            Table(units.tokens(n), make_rows(by_length[n], points.environments), n == opened) for n in sorted(by_length)
+        ]
         leagues.append(League(f"{names[setting]}, {inputs} inputs", tables))
     return leagues
 
 
-def make_rows(points: Sequence[Point]) -> list[Row]:
+def has_rooflines(leagues: Sequence[League]) -> bool:
+    """Whether any row has a share of its roofline; without one there is no such column."""
+    return any(row.roofline != units.MISSING for league in leagues for table in league.tables for row in table.rows)
+
+
+def make_rows(points: Sequence[Point], environments: Mapping[str, Environment]) -> list[Row]:
     """The rows of one table: timed ones by latency, then the others that were measured, then what failed."""
     exact = next(iter(fastest_exact(points).values()), None)
     best = _best(points)
     ordered = sorted(points, key=lambda p: (not p.measured, _value(p.latency_ms), p.series.order))
     return [
-        _row(point, exact, frozenset(name for name, winner in best.items() if winner is point)) for point in ordered
+        _row(point, exact, environments, frozenset(name for name, winner in best.items() if winner is point))
+        for point in ordered
     ]
 
 
-def _row(point: Point, exact: Point | None, best: frozenset[str]) -> Row:
+def _row(point: Point, exact: Point | None, environments: Mapping[str, Environment], best: frozenset[str]) -> Row:
     latency, memory, wrong = point.latency_ms, point.memory_bytes, point.relative_error
     skill, excess = point.error_median("skill"), point.error_median("excess")
     return Row(
@@ -86,6 +97,7 @@ def _row(point: Point, exact: Point | None, best: frozenset[str]) -> Row:
         variant=variant_name(point.series),
         latency=_latency(latency) if latency else units.MISSING,
         ratio=_ratio(point, exact) if latency and exact else units.MISSING,
+        roofline=_roofline(point, environments),
         memory=units.size(memory.value) if memory else units.MISSING,
         skill=units.skill(skill) if skill is not None else units.MISSING,
         error=_error(wrong) if wrong else units.MISSING,
@@ -119,6 +131,11 @@ def _ratio(point: Point, exact: Point) -> str:
         return "1×"
     ratio = ratio_of_medians(point.samples_ms, exact.samples_ms)
     return f"{'' if ratio.sign else '≈ '}{units.ratio(ratio.value)}"
+
+
+def _roofline(point: Point, environments: Mapping[str, Environment]) -> str:
+    found = point.roofline(environments)
+    return units.MISSING if found is None or found.share is None else f"{units.share(found.share)} ({found.bound})"
 
 
 def _error(estimate: Estimate) -> str:

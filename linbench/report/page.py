@@ -15,13 +15,13 @@ from markupsafe import Markup
 from linbench.record import Record, Run
 from linbench.report.answers import make_answers, summary
 from linbench.report.crossover import crossovers
-from linbench.report.definitions import DEFINITIONS
+from linbench.report.definitions import DEFINITIONS, ROOFLINE
 from linbench.report.drawing import panel_svg, save_png, swatch_symbol
 from linbench.report.failures import make_failures
 from linbench.report.figures import Chart, make_charts, make_look
 from linbench.report.frame import records_frame
 from linbench.report.growth import growth_section
-from linbench.report.league import make_leagues
+from linbench.report.league import has_rooflines, make_leagues
 from linbench.report.papers import paper_sections
 from linbench.report.points import make_points
 from linbench.report.provenance import make_provenance
@@ -66,6 +66,8 @@ def _content(records: Sequence[Record], runs: Sequence[Run], title: str) -> tupl
     crossings = {setting: crossovers(group) for setting, group in points.by_setting.items()}
     charts = make_charts(points, crossings, look)
     provenance, unknown_runs = make_provenance(runs, records)
+    leagues = make_leagues(points)
+    rooflines = has_rooflines(leagues)
     content = {
         "title": title,
         "summary": summary(points, records),
@@ -73,14 +75,15 @@ def _content(records: Sequence[Record], runs: Sequence[Run], title: str) -> tupl
         "answers": make_answers(points, crossings, look.names),
         "superseded": len(points.superseded),
         "charts": charts,
-        "leagues": make_leagues(points),
+        "leagues": leagues,
+        "rooflines": rooflines,
         "sections": [*paper_sections(points), *(section for make in SECTIONS if (section := make(points)))],
         "look": look,
         "symbols": {series: f"s{index}" for index, series in enumerate(points.series)},
         "failures": make_failures(records, runs),
         "runs": provenance,
         "unknown_runs": unknown_runs,
-        "definitions": DEFINITIONS,
+        "definitions": [*DEFINITIONS, ROOFLINE] if rooflines else DEFINITIONS,
     }
     return content, charts
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from linbench.cell import Cell, Scalar
-from linbench.record import Error, Record, Run, Status
+from linbench.record import Environment, Error, Record, Run, Status
+from linbench.roofline import Roofline, roofline
 from linbench.stats import Estimate, Samples, median_interval, pooled_median
 
 EXACT = "softmax"
@@ -162,6 +163,16 @@ class Point:
         values = [value for block in self.errors if (value := getattr(block, field)) is not None]
         return float(np.median(values)) if values else None
 
+    def roofline(self, environments: Mapping[str, Environment]) -> Roofline | None:
+        """That of the record with the median share (the lower of two); None where no record has one.
+
+        Args:
+            environments: of the runs, by name.
+        """
+        found = [roofline(record, environments.get(record.run)) for record in self.measured]
+        shares = sorted((one.share, i) for i, one in enumerate(found) if one is not None and one.share is not None)
+        return found[shares[(len(shares) - 1) // 2][1]] if shares else None
+
     @property
     def reading(self) -> str | None:
         """``error``, ``distance``, or None without an error block."""
@@ -178,6 +189,8 @@ class Points:
     superseded: tuple[Record, ...]
     """Records of a cell that was measured again since by other code: in no table or figure, but counted."""
     current: tuple[Record, ...]
+    environments: Mapping[str, Environment] = field(default_factory=dict)
+    """Of the runs, by name."""
 
     @cached_property
     def settings(self) -> list[Setting]:
@@ -216,7 +229,9 @@ def make_points(records: Sequence[Record], runs: Sequence[Run]) -> Points:
         setting, series = setting_of(cell, machine), series_of(cell)
         pooled[setting, series, cell.length, None].append(record)
         by_inputs[setting, series, cell.length, inputs_of(cell)].append(record)
-    return Points(_points(pooled), _points(by_inputs), superseded, tuple(record for _, record in current))
+    environments = {run.run: run.environment for run in runs}
+    kept = tuple(record for _, record in current)
+    return Points(_points(pooled), _points(by_inputs), superseded, kept, environments)
 
 
 def setting_of(cell: Cell, machine: str) -> Setting:

@@ -46,6 +46,12 @@ def ratio(value: float) -> str:
     return f"{value:.1e}×".replace("e+0", "e") if value >= 1e4 else f"{significant(value)}×"
 
 
+def share(value: float) -> str:
+    """``42 %``; below ten with two digits: ``4.2 %``, ``0.15 %``."""
+    percent = 100 * value
+    return f"{percent:,.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
+
+
 def error(value: float) -> str:
     """Three digits, in powers of ten where the number is small: ``0.123``, ``4.56e−7``, ``0``."""
     if value == 0:

@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from linbench.record import Cost, Peaks
 from linbench.report import write_report
 from linbench.report.league import make_leagues
 from linbench.report.points import make_points
@@ -188,6 +189,36 @@ def test_best_of_a_column_is_bold_and_a_distance_wins_no_prize_for_accuracy(reco
     assert rows["linear"].best == {"latency"}
     assert rows["performer"].best == {"memory", "error", "skill"}
     assert rows["linformer"].best == frozenset()
+
+
+def test_the_share_of_the_roofline_stands_in_every_table_where_a_run_has_peaks(written, record, run):
+    peaks = Peaks(
+        threads=1,
+        copy_bytes_per_s={"65536": 1e10},
+        product_flops_per_s={"float32": 1e11},
+        product_shapes={},
+        method="by hand",
+    )
+    costs = {"softmax": Cost(flops=10**8, min_bytes=10), "linear": Cost(flops=10, min_bytes=10**6)}
+    records = [record(name, ms=4.0).model_copy(update={"cost": cost}) for name, cost in costs.items()]
+    records += [record("performer", ms=3.0), record("linformer", status="oom")]
+    page, markdown = written(records, [run(peaks={"cpu": peaks})])
+    for text in (page, markdown):
+        assert "Share of roofline" in text
+        assert "25 % (flops)" in text
+        assert "2.5 % (bytes)" in text
+    (header,) = re.findall(r"<thead>.*Share of roofline.*</thead>", page)
+    for row in re.findall(r"<tr><td><div.*?</tr>", page, re.DOTALL):
+        columns = len(re.findall("<td", row)) + sum(int(span) - 1 for span in re.findall(r'colspan="(\d+)"', row))
+        assert columns == len(re.findall(r"<th[ >]", header))
+    lines = markdown.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("| Mechanism | Implementation"))
+    assert {line.count("|") for line in lines[first : first + 6]} == {12}
+
+
+def test_without_peaks_there_is_no_column_for_the_roofline(written, record):
+    page, markdown = written([record("softmax").model_copy(update={"cost": Cost(flops=5, min_bytes=5)})])
+    assert "oofline" not in page + markdown
 
 
 def test_few_samples_are_marked_with_a_dagger(record):

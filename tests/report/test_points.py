@@ -1,6 +1,7 @@
+import pandas as pd
 import pytest
 
-from linbench.record import Status
+from linbench.record import Cost, Peaks, Status
 from linbench.report.frame import records_frame
 from linbench.report.names import series_names, setting_names
 from linbench.report.pareto import common_length, front
@@ -115,3 +116,35 @@ def test_frame_has_a_row_for_each_record_failures_included(sweep, run):
 def test_parameters_that_are_not_set_are_not_named(record):
     (setting,) = make_points([record(device_parameters={"threads": 2, "memory_limit_bytes": None})], []).settings
     assert setting.device == "cpu(threads=2)"
+
+
+def test_the_table_has_the_floor_and_the_share_of_each_record(record, run):
+    peaks = Peaks(
+        threads=1,
+        copy_bytes_per_s={"65536": 1e10},
+        product_flops_per_s={"float32": 1e11},
+        product_shapes={},
+        method="by hand",
+    )
+    timed = record(ms=[4.0, 5.0, 6.0]).model_copy(update={"cost": Cost(flops=10**8, min_bytes=10)})
+    frame = records_frame([timed, record("linear")], [run(peaks={"cpu": peaks})])
+    known, unknown = frame[["roofline_floor_ms", "roofline_bound", "roofline_share"]].to_dict("records")
+    assert known == {"roofline_floor_ms": pytest.approx(1.0), "roofline_bound": "flops", "roofline_share": 0.2}
+    assert pd.isna(list(unknown.values())).all()
+
+
+def test_a_point_has_the_share_of_its_median_record(record, run):
+    peaks = {
+        "threads": 1,
+        "copy_bytes_per_s": {"65536": 1e10},
+        "product_flops_per_s": {"float32": 1e11},
+        "product_shapes": {},
+        "method": "by hand",
+    }
+    cost = {"cost": Cost(flops=10**8, min_bytes=10)}
+    records = [record(ms=[ms] * 3, seed=seed).model_copy(update=cost) for seed, ms in enumerate((2.0, 10.0, 5.0))]
+    records.append(record(ms=[1.0] * 3, seed=9, run="old").model_copy(update=cost))  # its run has no peaks
+    points = make_points(records, [run(peaks={"cpu": peaks}), run("old")])
+    (point,) = points.pooled
+    assert point.roofline(points.environments).share == pytest.approx(0.2)
+    assert point.roofline({}) is None

@@ -58,3 +58,10 @@ def test_lists_and_ranges_read_as_text():
     assert listing(["a"]) == "a"
     assert listing(["a", "b", "c"]) == "a, b and c"
     assert length_ranges([1024, 2048, 8192], [1024, 2048, 4096, 8192]) == "1k to 2k and 8k"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.42, "42 %"), (1.234, "123 %"), (0.042, "4.2 %"), (0.0995, "10 %"), (0.0015, "0.15 %")]
+)
+def test_shares_keep_two_digits(value, text):
+    assert units.share(value) == text
