@@ -12,6 +12,7 @@ from torch import Tensor
 from linbench.conformance.finding import Finding, failed, not_applicable, within, worst
 from linbench.conformance.subject import Operands, Size, Subject, dtype_name, relative_error
 from linbench.mechanisms.base import extras_at
+from linbench.mechanisms.cores.cache import Cache, Ring
 
 SCALE = 40.0
 """The future is replaced by numbers of this standard deviation."""
@@ -98,6 +99,39 @@ def step_is_the_parallel_form(subject: Subject) -> Finding:
     return worst(findings)
 
 
+def prefill_is_the_parallel_form(subject: Subject) -> Finding:
+    """``prefill`` gives what the reference gives, and a state from which ``step`` goes on, and starts again."""
+    if (lacking := _without_step(subject)) is not None:
+        return not_applicable(lacking)
+    findings = []
+    for prompt, rest in ((1, 3), (70, 5)) if subject.quick else ((1, 3), (70, 5), (128, 2), (200, 70)):
+        for dtype in (torch.float64, torch.float32):
+            x = subject.draw(subject.size(2, 3, prompt + rest, 6, 5), dtype)
+            findings.append(_prefilled_and_stepped(subject, x, min(prompt, x.q.shape[2] - 1)))
+    x = subject.draw(subject.size(2, 3, 70, 6, 5), torch.bfloat16)
+    if (got := _prefilled(subject, x)[0].dtype) is not torch.bfloat16:
+        return failed(f"a prefill of bfloat16 inputs gives {dtype_name(got)}")
+    return worst(findings)
+
+
+def _prefilled_and_stepped(subject: Subject, x: Operands, prompt: int) -> Finding:
+    """A prefill of the first tokens and steps over the others, the first of them twice from one state."""
+    output, state = _prefilled(subject, x.tokenwise(lambda tensor: tensor[:, :, :prompt]))
+    mechanism, rows = subject.build(x), [output]
+    where = f"{dtype_name(x.q.dtype)}, {prompt} of {x.q.shape[2]} tokens"
+    with torch.no_grad():
+        before, _ = mechanism.step(*_token(x, prompt), state, **extras_at(x.extras, prompt))
+        for token in range(prompt, x.q.shape[2]):
+            row, state = mechanism.step(*_token(x, token), state, **extras_at(x.extras, token))
+            rows.append(row[:, :, None])
+    if output.shape != (*x.q.shape[:2], prompt, x.v.shape[3]) or output.dtype is not x.q.dtype:
+        return failed(f"a prefill gives {dtype_name(output.dtype)} {list(output.shape)}: {where}")
+    if not torch.equal(before, rows[1].squeeze(2)):
+        return failed(f"a second step from the state of a prefill gives something else than the first: {where}")
+    expected = subject.reference(x)
+    return within(relative_error(torch.cat(rows, 2), expected), subject.bound(x, expected), where)
+
+
 def state_is_as_large_as_stated(subject: Subject) -> Finding:
     """``state_bytes`` is what the state holds after N tokens, per element of the batch."""
     if (lacking := _without_step(subject)) is not None:
@@ -106,14 +140,14 @@ def state_is_as_large_as_stated(subject: Subject) -> Finding:
     for tokens in (1, 37, 130):
         for dtype in (torch.float64, torch.bfloat16):
             x = subject.draw(subject.size(2, 3, tokens, 6, 5), dtype)
-            _, state = _decoded(subject, x)
-            held = sum(tensor.nbytes for tensor in _tensors(state))
-            stated = subject.build(x).state_bytes(x.q.shape[2], dtype)
-            where = f"{dtype_name(dtype)}: the state after {x.q.shape[2]} tokens holds {held} bytes"
-            if stated is None:
-                return failed(f"{where}, and state_bytes gives None")
-            told = f"{where} for 2 elements of the batch, state_bytes says 2 × {stated}"
-            findings.append(within(abs(held - 2 * stated), BOOKKEEPING_BYTES, told))
+            for way, decoded in (("steps", _decoded), ("a prefill", _prefilled)):
+                held = sum(tensor.nbytes for tensor in tensors_of(decoded(subject, x)[1]))
+                stated = subject.build(x).state_bytes(x.q.shape[2], dtype)
+                where = f"{dtype_name(dtype)}: the state after {way} of {x.q.shape[2]} tokens holds {held} bytes"
+                if stated is None:
+                    return failed(f"{where}, and state_bytes gives None")
+                told = f"{where} for 2 elements of the batch, state_bytes says 2 × {stated}"
+                findings.append(within(abs(held - 2 * stated), BOOKKEEPING_BYTES, told))
     return worst(findings)
 
 
@@ -129,20 +163,30 @@ def _decoded(subject: Subject, x: Operands) -> tuple[Tensor, Any]:
     state, outputs = mechanism.initial_state(x.q.shape[0], x.q.device, x.q.dtype), []
     with torch.no_grad():
         for token in range(x.q.shape[2]):
-            q, k, v = x.q[:, :, token], x.k[:, :, token], x.v[:, :, token]
-            output, state = mechanism.step(q, k, v, state, **extras_at(x.extras, token))
+            output, state = mechanism.step(*_token(x, token), state, **extras_at(x.extras, token))
             outputs.append(output)
     return torch.stack(outputs, 2), state
 
 
-def _tensors(state: Any) -> list[Tensor]:
-    """Every tensor in a nest of tuples, lists, dictionaries and dataclasses, each once."""
+def _prefilled(subject: Subject, x: Operands) -> tuple[Tensor, Any]:
+    with torch.no_grad():
+        return subject.build(x).prefill(x.q, x.k, x.v, **x.extras)
+
+
+def _token(x: Operands, token: int) -> tuple[Tensor, Tensor, Tensor]:
+    return x.q[:, :, token], x.k[:, :, token], x.v[:, :, token]
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    """Every tensor in a nest of tuples, lists, dictionaries and dataclasses, each once; of caches what is filled."""
     found: dict[int, Tensor] = {}
     waiting = [state]
     while waiting:
         item = waiting.pop()
         if isinstance(item, Tensor):
             found[id(item)] = item
+        elif isinstance(item, Cache | Ring):
+            waiting.extend(item.held())
         elif isinstance(item, dict):
             waiting.extend(item.values())
         elif isinstance(item, list | tuple):

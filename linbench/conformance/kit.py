@@ -49,6 +49,7 @@ PROPERTIES = {
         Property("batch", agreement.alone_as_in_a_batch, "every"),
         Property("causality", causality.future_changes_nothing, "every"),
         Property("step", causality.step_is_the_parallel_form, "form"),
+        Property("prefill agrees", causality.prefill_is_the_parallel_form, "form"),
         Property("state bytes", causality.state_is_as_large_as_stated, "form"),
         Property("gradients", gradients.gradients_agree),
         Property("finite differences", gradients.finite_differences, "every"),

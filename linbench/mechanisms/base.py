@@ -154,12 +154,40 @@ class Mechanism(torch.nn.Module, ABC):
         """One token of the causal form: q, k ``[B, H, D]``, v ``[B, H, M]``, and the extras of that token.
 
         Returns:
-            o ``[B, H, M]`` and the state after the token. The state that was given may have been changed.
+            o ``[B, H, M]`` and the state after the token. The two may share memory; still a step may be taken again
+            from the state that was given, as long as none was taken from the one after it, which is lost with that.
 
         Raises:
             UsageError: this mechanism does not decode.
         """
         raise UsageError(f"{type(self).__name__} has no decoding step")
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Any]:
+        """All tokens of a prompt, without gradient; shapes as in :meth:`forward`, N ≥ 1.
+
+        This default takes one :meth:`step` after the other: right for whatever decodes, and slow. A mechanism with a
+        parallel form overrides it.
+
+        Returns:
+            o ``[B, H, N, M]``, as :meth:`forward` gives it but for rounding, and the state after the last token, from
+            which :meth:`step` goes on.
+
+        Raises:
+            UsageError: this mechanism does not decode.
+        """
+        self.require_decoding()
+        state, outputs = self.initial_state(q.shape[0], q.device, q.dtype), []
+        for token in range(q.shape[2]):
+            row = q[:, :, token], k[:, :, token], v[:, :, token]
+            output, state = self.step(*row, state, **extras_at(extras, token))
+            outputs.append(output)
+        return torch.stack(outputs, 2), state
+
+    def require_decoding(self) -> None:
+        """Refuse with a ``UsageError`` where :attr:`decodes` is false."""
+        if not self.decodes:
+            raise UsageError(f"{type(self).__name__}, as it was built, does not decode")
 
     def unsupported(self, cell: Cell) -> str | None:
         """Why this mechanism cannot run ``cell``, in one clause, or None when it can."""
@@ -176,8 +204,69 @@ class Mechanism(torch.nn.Module, ABC):
         """Bytes that must cross memory in the cell's pass when every operand is read once and every result written."""
 
     def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
-        """Bytes per batch element kept to decode the next token after ``length`` tokens; None without decoding."""
+        """Bytes per batch element kept to decode the next token after ``length`` tokens; None without decoding.
+
+        Of a buffer with room for more tokens, those of the rows that are filled.
+        """
         return None
+
+    def decode_flops(self, cell: Cell) -> int:
+        """Floating-point operations of one token's :meth:`step`, for B and H of the cell; one multiply-add is two.
+
+        The token is the last of ``cell.length``. By default one multiply-add for every number of the state after it,
+        which is what reading it takes; a mechanism that rewrites its state overrides this.
+        """
+        return 2 * cell.batch * (self._stated(cell.length, torch.float64) // torch.float64.itemsize)
+
+    def decode_bytes(self, cell: Cell) -> int:
+        """Bytes that must cross memory in one token's :meth:`step`, the last of ``cell.length``, for B and H.
+
+        The token's q, k, v, extras and o, the state before it read, and what changes of it written: what the state
+        grows by, or all of a state that does not grow.
+        """
+        dtype = getattr(torch, cell.dtype)
+        before, after = self._stated(cell.length - 1, dtype), self._stated(cell.length, dtype)
+        written = after - before if after > before else after
+        return self.token_bytes(cell) + cell.batch * (before + written)
+
+    def token_bytes(self, cell: Cell) -> int:
+        """Bytes of q, k, v, the :meth:`gates` and o of one token, for B and H."""
+        each = 2 * (cell.head_dim + cell.value_dim) * cell.element_bytes
+        for gate in self.gates().values():
+            each += (gate.width or 1) * (max(cell.element_bytes, 4) if gate.precise else cell.element_bytes)
+        return cell.batch * cell.heads * each
+
+    def pass_flops(self, cell: Cell) -> int:
+        """:meth:`flops` for any pass: a prefill is a forward, and a decode one step.
+
+        Raises:
+            UsageError: a prefill or a decode of a mechanism that does not decode.
+        """
+        if cell.pass_ not in ("prefill", "decode"):
+            return self.flops(cell)
+        self.require_decoding()
+        return self.decode_flops(cell) if cell.pass_ == "decode" else self.flops(_as_forward(cell))
+
+    def pass_bytes(self, cell: Cell) -> int:
+        """:meth:`min_bytes` for any pass: a prefill is a forward that writes the state once, and a decode one step.
+
+        Raises:
+            UsageError: a prefill or a decode of a mechanism that does not decode.
+        """
+        if cell.pass_ not in ("prefill", "decode"):
+            return self.min_bytes(cell)
+        self.require_decoding()
+        if cell.pass_ == "decode":
+            return self.decode_bytes(cell)
+        written = cell.batch * self._stated(cell.length, getattr(torch, cell.dtype))
+        return self.min_bytes(_as_forward(cell)) + written
+
+    def _stated(self, length: int, dtype: torch.dtype) -> int:
+        """:meth:`state_bytes` where there has to be one."""
+        stated = self.state_bytes(length, dtype)
+        if stated is None:
+            raise UsageError(f"{type(self).__name__}, as it was built, has no state to decode from")
+        return stated
 
     @classmethod
     def implementations(cls) -> tuple[str, ...]:
@@ -206,6 +295,11 @@ class KernelEstimator(ABC):
 def extras_at(extras: dict[str, Tensor], token: int) -> dict[str, Tensor]:
     """The extras of one token: those with three dimensions or more are cut, the others are given whole."""
     return {name: x[:, :, token] if x.ndim >= 3 else x for name, x in extras.items()}
+
+
+def _as_forward(cell: Cell) -> Cell:
+    """The cell of a forward in the same place."""
+    return cell.model_copy(update={"pass_": "forward"})
 
 
 def streaming_bytes(cell: Cell, extra_elements: float = 0) -> int:

@@ -16,7 +16,8 @@ from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Geometry
 from linbench.mechanisms.claims import Claims, Convergence, ExactLimit
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
-from linbench.mechanisms.cores.chunked import ChunkedAttention, Operator, compute_dtype, guarded, with_ones
+from linbench.mechanisms.cores.cache import Ring
+from linbench.mechanisms.cores.chunked import ChunkedAttention, Operator, compute_dtype, guarded, walk_slabs, with_ones
 from linbench.mechanisms.cores.features import FeatureMap
 from linbench.mechanisms.cores.monomials import Monomials, TaylorFeatures, taylor_chunk
 from linbench.mechanisms.cores.window import window_sums
@@ -26,18 +27,14 @@ LARGEST = 1 << 16
 """Features; a head of 64 value columns then has a state of 16 MiB in fp32."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class WindowState:
-    """The keys that have left the window as sums, and those inside in a ring."""
+    """The keys that have left the window as sums, and those inside."""
 
     sums: Tensor
     """``[B, H, F, M + 1]``."""
-    keys: Tensor
-    """``[B, H, window, D]``."""
-    values: Tensor
-    """With a column of ones, ``[B, H, window, M + 1]``."""
-    tokens: int = 0
-    """So far; the next one goes to slot ``tokens mod window``."""
+    ring: Ring
+    """The last ``window`` tokens, values with a column of ones, in the dtype of the sums."""
 
 
 class Based(AdditiveState):
@@ -128,12 +125,20 @@ class Based(AdditiveState):
         if self.window == 0:
             return super().forward_torch(q, k, v)
         self.check(q, k)
-        dtype = compute_dtype(q)
-        values = with_ones(v.to(dtype))
-        scaled = q.to(dtype) * self.geometry.key_dim**-0.5
-        near, reference = window_sums(scaled, k.to(dtype), values, self.window, causal=self.causal)
-        sums = joined(near, reference, self._far_sums(*self.prepared(q, k), values))
-        return (sums[..., :-1] / guarded(sums[..., -1:])).to(v.dtype)
+        values = with_ones(v.to(compute_dtype(q)))
+        near, reference = self._near_sums(q, k, values)
+        return self._divided(near, reference, self._far_sums(*self.prepared(q, k), values), v.dtype)
+
+    def _near_sums(self, q: Tensor, k: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_j w_ij v_j over the keys in the window, ``[B, H, N, E]``, relative to e^reference ``[B, H, N, 1]``."""
+        scaled = q.to(values.dtype) * self.geometry.key_dim**-0.5
+        return window_sums(scaled, k.to(values.dtype), values, self.window, causal=self.causal)
+
+    @staticmethod
+    def _divided(near: Tensor, reference: Tensor, far: Tensor, dtype: torch.dtype) -> Tensor:
+        """Both sums as one output."""
+        sums = joined(near, reference, far)
+        return (sums[..., :-1] / guarded(sums[..., -1:])).to(dtype)
 
     def _far_sums(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Σ_j w_ij v_j over the keys outside the window, ``[B, H, N, E]``."""
@@ -147,15 +152,22 @@ class Based(AdditiveState):
 
     def _earlier_sums(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same over the keys j ≤ i − window: causal attention of later queries to earlier keys."""
-        length = q.shape[2] - self.window
-        if length <= 0:
+        if q.shape[2] <= self.window:
             return v.new_zeros(*q.shape[:3], v.shape[-1])
-        operator = Operator(self.feature_map(q), normalised=False)
+        sums: Tensor = ChunkedAttention.apply(*self._apart(q, k, v))  # type: ignore[no-untyped-call]
+        return self._delayed(sums, q)
+
+    def _apart(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Operator]:
+        """What makes causal attention of this: query i + window stands at the place of key i."""
+        length = q.shape[2] - self.window
         # past the last key there are values of zero
         late = [F.pad(x[:, :, :length], (0, 0, 0, max(length - x.shape[2], 0))) for x in (k, v)]
-        heads = (x.flatten(0, 1) for x in (q[:, :, self.window :], *late))
-        sums: Tensor = ChunkedAttention.apply(*heads, operator)  # type: ignore[no-untyped-call]
-        return F.pad(sums.view(*q.shape[:2], length, -1), (0, 0, self.window, 0))
+        queries, keys, values = (x.flatten(0, 1) for x in (q[:, :, self.window :], *late))
+        return queries, keys, values, Operator(self.feature_map(q), normalised=False)
+
+    def _delayed(self, sums: Tensor, q: Tensor) -> Tensor:
+        """``[G, N − window, E]`` at the places of its queries, ``[B, H, N, E]``."""
+        return F.pad(sums.view(*q.shape[:2], *sums.shape[1:]), (0, 0, self.window, 0))
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
         """The weights of the given rows, in full, relative to the largest of the window."""
@@ -186,8 +198,26 @@ class Based(AdditiveState):
         state = super().initial_state(batch, device, dtype)
         if self.window == 0:
             return state
-        ring = state.state.new_zeros(batch, self.geometry.heads, self.window, self.geometry.key_dim)
-        return WindowState(state.state, ring, ring.new_zeros(*ring.shape[:3], self.value_columns))
+        like, shape = state.state, (batch, self.geometry.heads, self.window + 1)
+        keys, values = like.new_zeros(*shape, self.geometry.key_dim), like.new_zeros(*shape, self.value_columns)
+        return WindowState(like, Ring(keys, values, self.window))
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Any]:
+        """The fast path, whose sums over far keys end in the state, and the window of the last token."""
+        if self.window == 0:
+            return super().prefill(q, k, v)
+        self.require_decoding()
+        self.check(q, k)
+        dtype, values = compute_dtype(q), with_ones(v.to(compute_dtype(q)))
+        near, reference = self._near_sums(q, k, values)
+        state = self.initial_state(q.shape[0], q.device, q.dtype)
+        far, sums = torch.zeros_like(near), state.sums
+        if q.shape[2] > self.window:
+            walked = walk_slabs(*self._apart(*self.prepared(q, k), values))
+            far, sums = self._delayed(walked.out, q), walked.after.state.view_as(sums)
+        out = self._divided(near, reference, far, v.dtype)
+        return out, WindowState(sums, state.ring.extended(k.to(dtype), values))
 
     @torch.no_grad()
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, **extras: Tensor) -> tuple[Tensor, Any]:
@@ -195,19 +225,21 @@ class Based(AdditiveState):
         if self.window == 0:
             out, after = super().step(q, k, v, state)
             return out, after
-        dtype, slot = state.sums.dtype, slice(state.tokens % self.window, state.tokens % self.window + 1)
-        q, k = q[:, :, None].to(dtype), k[:, :, None].to(dtype)
-        features, (projected, leaving) = self.feature_map(state.sums), self.prepared(q, state.keys[:, :, slot])
-        if state.tokens >= self.window:
-            state.sums = state.sums + features.features(leaving)[0].mT @ state.values[:, :, slot]
-        state.keys[:, :, slot], state.values[:, :, slot] = k, with_ones(v[:, :, None].to(dtype))
-        state.tokens += 1
-        inside = slice(0, min(state.tokens, self.window))
-        logits = q @ state.keys[:, :, inside].mT * self.geometry.key_dim**-0.5
-        reference = logits.detach().amax(-1, keepdim=True)
-        near = (logits - reference).exp() @ state.values[:, :, inside]
-        sums = joined(near, reference, features.features(projected)[0] @ state.sums).squeeze(2)
-        return (sums[..., :-1] / guarded(sums[..., -1:])).to(v.dtype), state
+        sums, before = state.sums, state.ring
+        dtype, features = sums.dtype, self.feature_map(sums)
+        q, ring = q[:, :, None].to(dtype), before.append(k.to(dtype), with_ones(v.to(dtype)))
+        row = before.row(max(before.count - self.window, 0))
+        leaving = slice(row, row + 1)
+        projected, left = self.prepared(q, ring.key_rows[:, :, leaving])
+        keys, values = ring.key_rows[:, :, : ring.filled], ring.value_rows[:, :, : ring.filled]
+        logits = q @ keys.mT * self.geometry.key_dim**-0.5
+        if before.count >= self.window:
+            sums = sums + features.features(left)[0].mT @ values[:, :, leaving]
+            logits[..., leaving] = -torch.inf
+        reference = logits.amax(-1, keepdim=True)
+        near = (logits - reference).exp() @ values
+        out = self._divided(near, reference, features.features(projected)[0] @ sums, v.dtype)
+        return out.squeeze(2), WindowState(sums, ring)
 
     def flops(self, cell: Cell) -> int:
         """Exact pairs in the window, and far keys as :class:`AdditiveState`: in one direction or in both."""
@@ -225,11 +257,26 @@ class Based(AdditiveState):
         """P_q q and P_k k."""
         return 0 if self.query_projection is None else 4 * self.geometry.key_dim * self.monomials.variables
 
+    def decode_flops(self, cell: Cell) -> int:
+        """2(D + M) for every key in the window, and for the far ones as :class:`AdditiveState`."""
+        near = 2 * min(self.window, cell.length) * (cell.head_dim + cell.value_dim)
+        far = super().decode_flops(cell) if cell.length > self.window else 0
+        return cell.batch * cell.heads * near + far
+
+    def decode_bytes(self, cell: Cell) -> int:
+        """The token, the sums read and written where keys are far, the window read, and one row of it written."""
+        if self.window == 0:
+            return super().decode_bytes(cell)
+        numbers = (min(self.window, cell.length - 1) + 1) * (self.geometry.key_dim + self.value_columns)
+        if cell.length > self.window:
+            numbers += 2 * self.features * self.value_columns
+        return self.token_bytes(cell) + cell.batch * cell.heads * numbers * max(cell.element_bytes, 4)
+
     def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
-        """The sums, and the keys and values of the window (with their ones)."""
+        """The sums, and the keys and values that are in the window (with their ones)."""
         if not self.causal:
             return None
-        ring = self.window * (self.geometry.key_dim + self.value_columns)
+        ring = min(self.window, length) * (self.geometry.key_dim + self.value_columns)
         elements = self.features * self.value_columns + ring
         return self.geometry.heads * elements * torch.promote_types(dtype, torch.float32).itemsize
 

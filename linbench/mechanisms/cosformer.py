@@ -104,6 +104,12 @@ class CosFormer(AdditiveState):
             raise UsageError("cosformer decodes only with max_length set: all weights depend on it")
         return super().initial_state(batch, device, dtype), 0
 
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Any]:
+        """As for other sums, and the position after the last token."""
+        out, sums = super().prefill(q, k, v)
+        return out, (sums, q.shape[2])
+
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, **extras: Tensor) -> tuple[Tensor, Any]:
         """One token at the position that the state holds."""
         sums, position = state

@@ -13,7 +13,7 @@ from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
 from linbench.mechanisms.claims import Claims
 from linbench.mechanisms.cores.additive import chosen
-from linbench.mechanisms.cores.chunked import ChunkedAttention, Operator, compute_dtype
+from linbench.mechanisms.cores.chunked import ChunkedAttention, Operator, compute_dtype, walk_slabs
 from linbench.mechanisms.cores.decay import decayed_attention
 from linbench.mechanisms.cores.features import Identity
 from linbench.mechanisms.cores.scans import Run, Space, head_parts, max_scan_, runs, scan_, scan_gradient_
@@ -90,12 +90,36 @@ class Efficient(Mechanism):
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.scaling:
-            queries, keys, log_decay = _Past.apply(q, k)  # type: ignore[no-untyped-call]
-            return decayed_attention(queries, keys, v, log_decay)[0]
-        seen = torch.arange(1, q.shape[2] + 1, device=q.device, dtype=compute_dtype(q))
-        heads = (x.flatten(0, 1) for x in (q / seen[:, None], k, v))
-        out: Tensor = ChunkedAttention.apply(*heads, Operator(Identity(), normalised=False))  # type: ignore[no-untyped-call]
+            return self._fading(q, k, v)[0]
+        out: Tensor = ChunkedAttention.apply(*self._counted(q, k, v))  # type: ignore[no-untyped-call]
         return out.view(v.shape)
+
+    @staticmethod
+    def _fading(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax over the past as decayed attention, and Σ_j e^{k_j − m} v_j with the level m after the last token."""
+        queries, keys, log_decay = _Past.apply(q, k)  # type: ignore[no-untyped-call]
+        return decayed_attention(queries, keys, v, log_decay)
+
+    @staticmethod
+    def _counted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Operator]:
+        """Scaling over the past as linear attention whose query t is divided by t."""
+        seen = torch.arange(1, q.shape[2] + 1, device=q.device, dtype=compute_dtype(q))
+        queries, keys, values = (x.flatten(0, 1) for x in (q / seen[:, None], k, v))
+        return queries, keys, values, Operator(Identity(), normalised=False)
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, State]:
+        """The fast path, which has the sums at its end; their normaliser is one more pass over the keys."""
+        self.require_decoding()
+        self._check(q, k)
+        if self.scaling:
+            walked = walk_slabs(*self._counted(q, k, v))
+            sums = walked.after.state.view(*q.shape[:2], q.shape[3], v.shape[3])
+            return walked.out.view(v.shape), (sums, sums.new_full((1,), q.shape[2]))
+        out, sums = self._fading(q, k, v)
+        level = k.to(sums.dtype).amax(2)
+        normaliser = (k.to(sums.dtype) - level[:, :, None]).exp_().sum(2)
+        return out, (sums, normaliser, level)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
         """Sums of e^k·v ``[B, H, D, M]`` and of e^k ``[B, H, D]``, and the level of both, the largest k so far.
@@ -148,6 +172,10 @@ class Efficient(Mechanism):
             backward += 3 * pairs + 4 * chunk * value_dim + 2 * key_dim * value_dim
         per_token = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[cell.pass_]
         return cell.batch * cell.heads * cell.length * per_token
+
+    def decode_flops(self, cell: Cell) -> int:
+        """4DM for writing and reading the sums."""
+        return 4 * cell.batch * cell.heads * cell.head_dim * cell.value_dim
 
     def min_bytes(self, cell: Cell) -> int:
         """q, k, v read and o written once, and the like backward; the state can stay on the chip."""

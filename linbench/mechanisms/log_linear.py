@@ -11,7 +11,7 @@ from torch import Tensor
 from linbench.cell import Cell
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.cores.chunked import compute_dtype
-from linbench.mechanisms.cores.fenwick import fenwick_attention, levels_of
+from linbench.mechanisms.cores.fenwick import fenwick_attention, last_states, levels_of
 from linbench.mechanisms.cores.recurrence import CausalOnly
 from linbench.mechanisms.cores.slabs import CHUNK
 from linbench.mechanisms.gated_deltanet import DecayGate
@@ -85,6 +85,17 @@ class LogLinear(CausalOnly):
         dtype = compute_dtype(v)
         return fenwick_attention(q.to(dtype), k.to(dtype), v, log_decay, weights.to(dtype))
 
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Levels]:
+        """The fast path, and one product of keys and values for the states: its tree keeps those of chunks only."""
+        out = self.forward_torch(q, k, v, **extras)
+        dtype = compute_dtype(v)
+        states: dict[int, Tensor] = {}
+        for level, state in last_states(k.to(dtype), v.to(dtype), extras["log_decay"]):
+            kept = min(level, self.levels - 1)
+            states[kept] = states[kept] + state if kept in states else state
+        return out, Levels(q.shape[2], states)
+
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Levels:
         """Nothing."""
         return Levels(0, {})
@@ -120,14 +131,29 @@ class LogLinear(CausalOnly):
         total = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[cell.pass_]
         return cell.batch * cell.heads * total
 
+    def decode_flops(self, cell: Cell) -> int:
+        """2DM for the new token, for every level that is weighed, and for reading their sum."""
+        levels = len(self._levels_held(cell.length))
+        return 2 * cell.batch * cell.heads * cell.head_dim * cell.value_dim * (levels + 2)
+
+    def decode_bytes(self, cell: Cell) -> int:
+        """The token, and all levels read and written, as all of them decay."""
+        dtype = getattr(torch, cell.dtype)
+        states = [self.state_bytes(length, dtype) or 0 for length in (cell.length - 1, cell.length)]
+        return self.token_bytes(cell) + cell.batch * sum(states)
+
+    def _levels_held(self, length: int) -> set[int]:
+        """Of the last token, and of every set bit of its position."""
+        last = max(length - 1, 0)
+        return {0, *(min(bit + 1, self.levels - 1) for bit in range(last.bit_length()) if last >> bit & 1)}
+
     def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
         """One state of D × M per head for the last token and for every set bit of its position."""
         if not self.causal:
             return None
-        last = max(length - 1, 0)
-        levels = {0, *(min(bit + 1, self.levels - 1) for bit in range(last.bit_length()) if last >> bit & 1)}
         element = torch.promote_types(dtype, torch.float32).itemsize
-        return len(levels) * self.geometry.heads * self.geometry.key_dim * self.geometry.value_dim * element
+        per_level = self.geometry.heads * self.geometry.key_dim * self.geometry.value_dim * element
+        return len(self._levels_held(length)) * per_level
 
 
 def set_bits(count: int) -> int:

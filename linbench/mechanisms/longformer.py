@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -15,17 +14,8 @@ from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
 from linbench.mechanisms.claims import Claims, Convergence, ExactLimit
 from linbench.mechanisms.cores.banded import Band, banded_attention
-from linbench.mechanisms.softmax import append, attend, attend_one, attention_flops, cache_bytes, empty_cache
-
-
-@dataclass
-class Ring:
-    """What the next token may see: keys ``[B, H, ·, D]`` and values ``[B, H, ·, M]``."""
-
-    shared: tuple[Tensor, Tensor]
-    """Of the global tokens."""
-    recent: tuple[Tensor, Tensor]
-    """Of the last δ·window/2 tokens that are not global, the oldest first."""
+from linbench.mechanisms.cores.cache import Ring
+from linbench.mechanisms.softmax import attend, attend_one, attention_flops, cache_bytes
 
 
 class Longformer(Mechanism):
@@ -114,23 +104,32 @@ class Longformer(Mechanism):
         return ExactLimit({"window": 2 * (length - 1)})
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Ring:
-        """No tokens."""
-        return Ring(*(empty_cache(self.geometry, batch, device, dtype) for _ in range(2)))
-
-    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Ring, **extras: Tensor) -> tuple[Tensor, Ring]:
-        """The token over the global ones and its window; the oldest of the ring makes room for it."""
-        if state.shared[0].shape[2] < self.global_tokens:  # a global token sees all before it, which are global too
-            shared = append(state.shared, k, v)
-            return attend_one(q, *shared), Ring(shared, state.recent)
-        recent = append(state.recent, k, v)
-        # every δ-th of the recent ones, counted back from the token itself, which is the last
-        first = (recent[0].shape[2] - 1) % self.dilation
-        keys, values = (
-            torch.cat((fixed, moving[:, :, first :: self.dilation]), 2)
-            for fixed, moving in zip(state.shared, recent, strict=True)
+        """No tokens, and rows for the global ones and for what a window reaches back to."""
+        reach = self.dilation * self.band.left
+        rows = self.global_tokens + reach + self.dilation
+        key, value = (
+            torch.empty(batch, self.geometry.heads, rows, width, device=device, dtype=dtype)
+            for width in (self.geometry.key_dim, self.geometry.value_dim)
         )
-        drop = max(recent[0].shape[2] - self.dilation * self.band.left, 0)
-        return attend_one(q, keys, values), Ring(state.shared, (recent[0][:, :, drop:], recent[1][:, :, drop:]))
+        return Ring(key, value, reach, self.global_tokens)
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Ring]:
+        """The forward, and copies of the keys and values that a later token may see."""
+        self.require_decoding()
+        return self(q, k, v), self.initial_state(q.shape[0], k.device, k.dtype).extended(k, v)
+
+    @torch.no_grad()
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Ring, **extras: Tensor) -> tuple[Tensor, Ring]:
+        """The token over the global ones and its window, without gradient."""
+        ring = state.append(k, v)
+        keys, values = ring.key_rows[:, :, : ring.filled], ring.value_rows[:, :, : ring.filled]
+        if self.dilation > 1 and state.count >= self.global_tokens:
+            # a multiple of δ rows go round, so that the rows of its window are every δ-th one
+            first = ring.row(state.count) - self.global_tokens
+            every = slice(self.global_tokens + first % self.dilation, None, self.dilation)
+            keys, values = (torch.cat((x[:, :, : self.global_tokens], x[:, :, every]), 2) for x in (keys, values))
+        return attend_one(q, keys, values), ring
 
     def pairs(self, length: int) -> int:
         """How many (query, key) pairs are visible among ``length`` tokens."""
@@ -147,6 +146,21 @@ class Longformer(Mechanism):
     def min_bytes(self, cell: Cell) -> int:
         """q, k, v and o once."""
         return streaming_bytes(cell)
+
+    def visible_to_last(self, length: int) -> int:
+        """How many of ``length`` tokens the last one sees."""
+        shared = min(self.global_tokens, length)
+        local = length - shared
+        return shared + (min(self.band.left, (local - 1) // self.dilation) + 1 if local else 0)
+
+    def decode_flops(self, cell: Cell) -> int:
+        """2·(D+M) for every key that the token sees."""
+        return 2 * cell.batch * cell.heads * self.visible_to_last(cell.length) * (cell.head_dim + cell.value_dim)
+
+    def decode_bytes(self, cell: Cell) -> int:
+        """The token, the other keys and values that it sees read, and its own written where a later token sees them."""
+        rows = self.visible_to_last(cell.length) - 1 + (self.band.left > 0 or cell.length <= self.global_tokens)
+        return self.token_bytes(cell) + cell.batch * cache_bytes(self.geometry, rows, getattr(torch, cell.dtype))
 
     def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
         """The global tokens and a ring of the last δ·window/2 ones."""

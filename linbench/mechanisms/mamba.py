@@ -13,7 +13,7 @@ from linbench.cell import Cell
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.recurrence import Recurrence
-from linbench.mechanisms.cores.selective import selective_scan
+from linbench.mechanisms.cores.selective import Tokens, scanned, selective_scan
 
 
 class Mamba(Recurrence):
@@ -82,9 +82,19 @@ class Mamba(Recurrence):
     def forward_torch(self, q: Tensor, k: Tensor, v: Tensor, step_size: Tensor) -> Tensor:
         """Runs of tokens whose states stay in the cache, with a hand-written backward; see ``cores.selective``."""
         self.check(q, k, {"step_size": step_size})
+        return selective_scan(q, k, v, step_size, *self._cast_weights(v))
+
+    def _cast_weights(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """A transposed, ``[H, D, M]``, and skip ``[H, M]``, in the dtype of the computation."""
         rate, skip = (x.to(compute_dtype(v)) for x in self.weights)
-        rate = rate.mT.contiguous()
-        return selective_scan(q, k, v, step_size, rate, skip)
+        return rate.mT.contiguous(), skip
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """The runs of the fast path, which have the state at their end."""
+        self.check(q, k, extras)
+        out, state = scanned(Tokens(q, k, v, extras["step_size"]), *self._cast_weights(v))
+        return out, state.mT.contiguous()
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Zeros ``[B, H, M, D]`` in fp32 or fp64."""
@@ -96,6 +106,10 @@ class Mamba(Recurrence):
         operands = (x.to(state.dtype) for x in (q, k, v, extras["step_size"]))
         out, (state,) = advance((state,), *operands, *(x.to(state.dtype) for x in self.weights))
         return out.to(v.dtype), state
+
+    def decode_flops(self, cell: Cell) -> int:
+        """6 per number of the state and 3 per channel, as for every token of the forward."""
+        return cell.batch * cell.heads * cell.value_dim * (6 * cell.head_dim + 3)
 
     def flops(self, cell: Cell) -> int:
         """Elementwise work, without exponentials: 6 per state and token and 3 per channel forward, 19 and 8 backward.

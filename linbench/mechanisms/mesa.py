@@ -80,6 +80,15 @@ class Mesa(Recurrence):
 
     def forward_torch(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         """All tokens at once, with products by G_t as linear attention in chunks."""
+        return self._whole(q, k, v, extras)[0]
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """The fast path, which has G and H at its end."""
+        return self._whole(q, k, v, extras)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The fast path and its last state."""
         self.check(q, k, extras)
         dtype = compute_dtype(v)
         q, k = (Unit.apply(x.to(dtype), 1.0) for x in (q, k))  # type: ignore[no-untyped-call]
@@ -159,6 +168,12 @@ class Mesa(Recurrence):
             x, residual = x + length * direction, residual - length * image
             direction = residual + (residual * residual).sum(-1, keepdim=True) / square.clamp(min=tiny) * direction
         return x
+
+    def decode_flops(self, cell: Cell) -> int:
+        """2D² per step of the solver, 2D(D + M) for writing both sums, and 2DM for reading H."""
+        key_dim, value_dim = cell.head_dim, cell.value_dim
+        per_head = 2 * key_dim * (self.iterations * key_dim + key_dim + value_dim + value_dim)
+        return cell.batch * cell.heads * per_head
 
     def flops(self, cell: Cell) -> int:
         """Matrix products; a product with G_t costs 4CD + 2D² per token in chunks of at most C tokens.

@@ -13,13 +13,12 @@ from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.claims import ExactLimit
 from linbench.mechanisms.cores.banded import Band, banded_attention
+from linbench.mechanisms.cores.cache import Cache
 from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.recurrence import CausalOnly
 from linbench.mechanisms.cores.segments import State, segmented
-from linbench.mechanisms.cores.selected import DENSE, Blocks, into_blocks, selected_attention
-from linbench.mechanisms.softmax import append, attend, attend_one, cache_bytes, empty_cache
-
-Cache = tuple[Tensor, Tensor]
+from linbench.mechanisms.cores.selected import DENSE, Blocks, attend_chosen, into_blocks, selected_attention
+from linbench.mechanisms.softmax import attend, attend_one, cache_bytes, empty_cache
 
 RUN_LOGITS = 2**19
 """Logits of a run of queries, over all heads, where every key is met; of the same order as what the cache holds."""
@@ -208,21 +207,39 @@ class NSA(CausalOnly):
         """Keys and values of no tokens, and of no compressed blocks."""
         return empty_cache(self.geometry, batch, device, dtype), empty_cache(self.geometry, batch, device, dtype)
 
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, tuple[Cache, Cache]]:
+        """The forward, a copy of the keys and values, and their compression once more."""
+        out, dtype = self(q, k, v, **extras), compute_dtype(v)
+        small_k = self._pooled(k.to(dtype), self.key_pooling).to(k.dtype)
+        small_v = self._pooled(v.to(dtype), self.value_pooling).to(v.dtype)
+        return out, (Cache.of(k, v), Cache.of(small_k, small_v))
+
+    @torch.no_grad()
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: tuple[Cache, Cache], **extras: Tensor
     ) -> tuple[Tensor, tuple[Cache, Cache]]:
-        """The token's query over the compressed keys so far, over the keys that it selects, and over the window."""
-        cache, small = append(state[0], k, v), state[1]
-        dtype, tokens = compute_dtype(v), cache[0].shape[2]
-        if tokens >= self.compressed and (tokens - self.compressed) % self.stride == 0:
-            last = (x[:, :, -self.compressed :].to(dtype) for x in cache)
+        """The token's query over the compressed keys so far, the blocks that it selects, and the window.
+
+        Without gradient. What is not selected and lies outside the window is not read.
+        """
+        cache, small = state[0].append(k, v), state[1]
+        dtype = compute_dtype(v)
+        if cache.count >= self.compressed and (cache.count - self.compressed) % self.stride == 0:
+            last = (x[:, :, -self.compressed :].to(dtype) for x in cache.held())
             new = (self._pooled(x, w) for x, w in zip(last, (self.key_pooling, self.value_pooling), strict=True))
-            small = append(small, *(x[:, :, 0].to(v.dtype) for x in new))
+            small = small.append(*(x[:, :, 0] for x in new))
         g_cmp, g_slc, g_win = (extras[name].to(dtype)[..., None] for name in self.gates())
-        shared = (x.to(dtype) for x in (*cache, *small))
-        out = self._global(q[:, :, None].to(dtype), g_cmp, g_slc, tokens - 1, *shared).squeeze(2)
-        local = attend_one(q.to(dtype), *(x[:, :, -self.window :].to(dtype) for x in cache))
-        return (out + g_win * local).to(v.dtype), (cache, small)
+        small_k, small_v = (x.to(dtype) for x in small.held())
+        wide = q[:, :, None].to(dtype)
+        weights = (wide @ small_k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        position = torch.full((1,), cache.count - 1, device=q.device)
+        blocks = self._selection(weights.flatten(0, 1), position, -(-cache.count // self.block))
+        selected = attend_chosen(wide, cache, blocks.view(*q.shape[:2], -1), self.block).squeeze(2)
+        near = (x[:, :, -self.window :].to(dtype) for x in cache.held())
+        local = attend_one(wide.squeeze(2), *near)
+        out = g_cmp * (weights @ small_v).squeeze(2) + g_slc * selected + g_win * local
+        return out.to(v.dtype), (cache, small)
 
     def check(self, q: Tensor, k: Tensor, extras: dict[str, Tensor]) -> None:
         """Also heads that are no whole groups."""
@@ -251,6 +268,28 @@ class NSA(CausalOnly):
         backward = 2 * (3 * key_dim + 2 * value_dim) * pairs + 2 * pooling
         total = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[cell.pass_]
         return cell.batch * cell.heads * total
+
+    def decode_flops(self, cell: Cell) -> int:
+        """2(D + M) for every key that the token meets in a branch, and the pooling where a compressed block ends."""
+        small, selected, window = self._met_by_last(cell.length)
+        ends = cell.length >= self.compressed and (cell.length - self.compressed) % self.stride == 0
+        met = small + selected + window + (self.compressed if ends else 0)
+        return 2 * cell.batch * cell.heads * met * (cell.head_dim + cell.value_dim)
+
+    def decode_bytes(self, cell: Cell) -> int:
+        """The token, and the keys and values that it meets: read, or written where they are its own.
+
+        The selected blocks and the window overlap, at most so that one of them lies in the other.
+        """
+        small, selected, window = self._met_by_last(cell.length)
+        rows = small + max(selected, window)
+        return self.token_bytes(cell) + cell.batch * cache_bytes(self.geometry, rows, getattr(torch, cell.dtype))
+
+    def _met_by_last(self, length: int) -> tuple[int, int, int]:
+        """How many compressed, selected and near keys the last of ``length`` tokens meets."""
+        small = max((length - self.compressed) // self.stride + 1, 0)
+        before, inside = divmod(length - 1, self.block)
+        return small, min(before, self.selected - 1) * self.block + inside + 1, min(length, self.window)
 
     def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
         """The cache of keys and values, and of the compressed ones."""

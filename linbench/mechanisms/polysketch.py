@@ -14,14 +14,14 @@ from linbench.cell import Cell
 from linbench.mechanisms.base import Description, Geometry
 from linbench.mechanisms.claims import Claims, Convergence, ExactLimit
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
-from linbench.mechanisms.cores.chunked import Operator, compute_dtype, with_ones
+from linbench.mechanisms.cores.chunked import Operator, compute_dtype, walk_slabs, with_ones
 from linbench.mechanisms.cores.features import FeatureMap
 from linbench.mechanisms.cores.monomials import Monomials, SketchedPower
 from linbench.mechanisms.cores.pooled import PooledAttention
 from linbench.mechanisms.cores.sketch import block_corrections, polynomial_sketch, sketch_matrices
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockState:
     """Finished blocks as sums, and the tokens of the block that is being filled."""
 
@@ -162,22 +162,39 @@ class PolySketch(AdditiveState):
         return BlockState(sums, sums.new_zeros(*shape, self.geometry.key_dim), sums.new_zeros(*shape, sums.shape[-1]))
 
     @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Any]:
+        """The chunks of the fast path, which are blocks: their state after the last whole one, and what follows it."""
+        if not self.block:
+            return super().prefill(q, k, v)
+        self.require_decoding()
+        self.check(q, k)
+        operator, heads = self.chunk_operands(q, k, v)
+        walked = walk_slabs(heads[0], heads[1], heads[2], operator)
+        state: BlockState = self.initial_state(q.shape[0], q.device, q.dtype)
+        filled = q.shape[2] % self.block
+        first = q.shape[2] - filled
+        state.keys[:, :, :filled] = heads[1].view(k.shape)[:, :, first:]
+        state.values[:, :, :filled] = with_ones(v[:, :, first:].to(state.values.dtype))
+        sums = walked.after_whole.state.view_as(state.sums)
+        return walked.out.view(v.shape), BlockState(sums, state.keys, state.values, filled)
+
+    @torch.no_grad()
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, **extras: Tensor) -> tuple[Tensor, Any]:
         """One token, without gradient: the sums by the sketch, its block exactly; a full block is added to the sums."""
         if not self.block:
             out, after = super().step(q, k, v, state)
             return out, after
-        dtype, features = state.sums.dtype, self.feature_map(state.sums)
+        sums, dtype, features = state.sums, state.sums.dtype, self.feature_map(state.sums)
         q, k = self.prepared(q[:, :, None].to(dtype), k[:, :, None].to(dtype))
         state.keys[:, :, state.filled] = k[:, :, 0]
         state.values[:, :, state.filled] = with_ones(v.to(dtype))
-        state.filled += 1
-        weights = (q @ state.keys[:, :, : state.filled].mT) ** self.power
-        sums = weights @ state.values[:, :, : state.filled] + features.features(q)[0] @ state.sums
-        if state.filled == self.block:
-            state.sums = state.sums + features.features(state.keys)[0].mT @ state.values
-            state.filled = 0
-        return (sums[..., :-1] / (1 + sums[..., -1:])).squeeze(2).to(v.dtype), state
+        filled = state.filled + 1
+        keys, values = state.keys[:, :, :filled], state.values[:, :, :filled]
+        out = (q @ keys.mT) ** self.power @ values + features.features(q)[0] @ sums
+        if filled == self.block:
+            sums, filled = sums + features.features(keys)[0].mT @ values, 0
+        out = (out[..., :-1] / (1 + out[..., -1:])).squeeze(2).to(v.dtype)
+        return out, BlockState(sums, state.keys, state.values, filled)
 
     def flops(self, cell: Cell) -> int:
         """As :class:`AdditiveState`; the non-causal form has blocks besides, with products of width D and r."""
@@ -192,6 +209,29 @@ class PolySketch(AdditiveState):
     def feature_flops(self) -> int:
         """The Gaussian products of a query and a key."""
         return sum(4 * matrix.numel() for matrix in self.buffers())
+
+    def decode_flops(self, cell: Cell) -> int:
+        """2(D + E) for every key of the block, 2FE for reading the sums; at its end 2FE for each of its keys.
+
+        With the sketch of the query where there are sums, and of all keys of a block at its end.
+        """
+        if not self.block:
+            return super().decode_flops(cell)
+        finished, inside = divmod(cell.length - 1, self.block)
+        inside += 1
+        sums, sketch = 2 * self.features * self.value_columns, self.feature_flops() // 2
+        per_head = 2 * inside * (cell.head_dim + self.value_columns) + (sums + sketch if finished else 0)
+        per_head += self.block * (sums + sketch) if inside == self.block else 0
+        return cell.batch * cell.heads * per_head
+
+    def decode_bytes(self, cell: Cell) -> int:
+        """The token, the sums and the keys and values of its block read, and what changes written."""
+        if not self.block:
+            return super().decode_bytes(cell)
+        finished, inside = divmod(cell.length - 1, self.block)
+        sums = self.features * self.value_columns * (bool(finished) + (inside + 1 == self.block))
+        numbers = sums + (inside + 1) * (self.geometry.key_dim + self.value_columns)
+        return self.token_bytes(cell) + cell.batch * cell.heads * numbers * max(cell.element_bytes, 4)
 
     def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
         """The sums, and the keys and values of a block (with their ones)."""

@@ -100,6 +100,20 @@ class RFA(AdditiveState):
         """Chunks, or a pool; see :class:`AdditiveState`."""
         if log_decay is None:
             return super().forward_torch(q, k, v)
+        return self._gated(q, k, v, log_decay)[0]
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Checkpoint]:
+        """The fast path, which has the state at its end."""
+        if not self.gated:
+            out, after = super().prefill(q, k, v)
+            return out, after
+        self.require_decoding()
+        out, state = self._gated(q, k, v, extras["log_decay"])
+        return out, Checkpoint(state, None)
+
+    def _gated(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+        """The gated form and its sums after the last token."""
         self.check(q, k)
         q, k = self.prepared(q, k)
         projection = self.gaussian.to(q)

@@ -13,7 +13,7 @@ from linbench.cell import Cell
 from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Geometry
 from linbench.mechanisms.cores.chunked import compute_dtype
-from linbench.mechanisms.cores.pooling_scan import pooling_scan
+from linbench.mechanisms.cores.pooling_scan import pooled, pooling_scan
 from linbench.mechanisms.cores.recurrence import Recurrence
 from linbench.mechanisms.cores.segments import State
 
@@ -68,6 +68,14 @@ class RWKV4(Recurrence):
         self._check(q, k, v)
         return pooling_scan(q, k, v, *(x.to(compute_dtype(v)) for x in self.weights))
 
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, State]:
+        """The runs of the fast path, which have the sums and their level at their end."""
+        self._check(q, k, v)
+        rate, bonus = (x.to(compute_dtype(v)) for x in self.weights)
+        out, after = pooled(q, k, v, rate, bonus)
+        return out, (after.sums[0], after.sums[1], after.level)
+
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
         """Numerator and denominator 0 at level −∞, each ``[B, H, M]`` in fp32 or fp64."""
         like = torch.zeros((batch, *self.bonus.shape), device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -95,6 +103,10 @@ class RWKV4(Recurrence):
         """Elementwise work, without exponentials: 20 per token and channel forward and 46 backward."""
         per_channel = {"forward": 20, "backward": 46, "forward_backward": 66}[cell.pass_]
         return cell.batch * cell.heads * cell.length * cell.value_dim * per_channel
+
+    def decode_flops(self, cell: Cell) -> int:
+        """20 per channel, as for every token of the forward."""
+        return 20 * cell.batch * cell.heads * cell.value_dim
 
     def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
         """Three numbers per channel: independent of ``length``."""

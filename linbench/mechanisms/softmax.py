@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linbench.cell import Cell
+from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
 from linbench.mechanisms.claims import Claims, ExactLimit
+from linbench.mechanisms.cores.cache import Cache
 
 
 class Softmax(Mechanism):
@@ -67,16 +69,28 @@ class Softmax(Mechanism):
         """Always."""
         return ExactLimit()
 
-    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """No keys ``[B, H, 0, D]`` and no values ``[B, H, 0, M]``."""
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Cache:
+        """No keys and no values, and room for some."""
         return empty_cache(self.geometry, batch, device, dtype)
 
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, Tensor], **extras: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The token's query over all keys so far: time and state grow with every token."""
-        cache = append(state, k, v)
-        return attend_one(q, *cache), cache
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Cache]:
+        """The forward, and a copy of the keys and values."""
+        self.require_decoding()
+        if q.shape[-2] != k.shape[-2]:
+            raise UsageError(f"softmax, prefill: {q.shape[-2]} queries and {k.shape[-2]} keys, but as many are needed")
+        return self(q, k, v), Cache.of(k, v)
+
+    @torch.no_grad()
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Cache, **extras: Tensor) -> tuple[Tensor, Cache]:
+        """The token's query over all keys so far, without gradient: time and state grow with every token."""
+        cache = state.append(k, v)
+        if self.geometry.implementation == "reference":
+            return attend_one_widely(q, cache.keys, cache.values), cache
+        if self.geometry.implementation == "math":
+            with sdpa_kernel(SDPBackend.MATH):
+                return fused_attend_one(q, cache.keys, cache.values), cache
+        return attend_one(q, cache.keys, cache.values), cache
 
     @staticmethod
     def _visible(rows: Tensor, length: int, key_length: int) -> Tensor:
@@ -113,28 +127,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
     return probabilities.masked_fill(blind, 0) @ v
 
 
-def append(cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, H, T, ·]`` and those of one more token, ``[B, H, ·]``."""
-    keys, values = cache
-    return torch.cat((keys, k[:, :, None]), 2), torch.cat((values, v[:, :, None]), 2)
-
-
 def attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """One query over all keys: q ``[B, H, D]``, keys ``[B, H, T, D]``, values ``[B, H, T, M]`` -> ``[B, H, M]``.
 
-    Computed in fp32 at least and rounded once.
+    Torch's fused attention, except on a CPU for D ≠ M, where it has no fused form and the formula is faster.
     """
+    if q.device.type == "cpu" and keys.shape[-1] != values.shape[-1]:
+        return attend_one_widely(q, keys, values)
+    return fused_attend_one(q, keys, values)
+
+
+def fused_attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same by torch's attention, which reads the keys and values as they lie."""
+    return F.scaled_dot_product_attention(q[:, :, None], keys, values).squeeze(2)
+
+
+def attend_one_widely(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same by the formula, in fp32 at least, and rounded once."""
     wide = torch.promote_types(q.dtype, torch.float32)
     return attend(q[:, :, None].to(wide), keys.to(wide), values.to(wide)).squeeze(2).to(values.dtype)
 
 
-def empty_cache(geometry: Geometry, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys ``[B, H, 0, D]`` and values ``[B, H, 0, M]`` of no tokens."""
+def empty_cache(geometry: Geometry, batch: int, device: torch.device, dtype: torch.dtype) -> Cache:
+    """Of no tokens."""
     key, value = (
         torch.empty(batch, geometry.heads, 0, width, device=device, dtype=dtype)
         for width in (geometry.key_dim, geometry.value_dim)
     )
-    return key, value
+    return Cache.of(key, value)
 
 
 def attention_flops(cell: Cell, pairs: int) -> int:

@@ -84,6 +84,23 @@ class StepOffByOne(Sound):
         return self.read(q, before).to(v.dtype), after
 
 
+class PrefillStopsShort(Sound):
+    """The state after a prompt lacks its last token."""
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Any]:
+        before = [x[:, :, :-1] for x in (q, k, v)] if q.shape[2] > 1 else [q, k, v]
+        _, state = super().prefill(*before, gate=extras["gate"][:, :, : before[0].shape[2]])
+        return self(q, k, v, **extras), state
+
+
+class StepsOnlyOnce(Sound):
+    """A step adds its token to the state that it was given."""
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, gate: Tensor, **extras: Tensor) -> Any:
+        out, after = super().step(q, k, v, state, gate=gate)
+        return out, state.copy_(after)
+
+
 class WrongRows(Sound):
     """Rows come back sorted."""
 

@@ -7,6 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from linbench.cell import Cell
+from linbench.conformance.counting import peak_bytes
+from linbench.errors import UsageError
+from linbench.measure.exact import same_dtype_attention
+from linbench.mechanisms.softmax import attend
 from linbench.registry import build
 
 IMPLEMENTATIONS = ("reference", "torch", "math")
@@ -151,3 +155,35 @@ def test_causal_flops_are_those_of_the_visible_pairs():
 def test_the_state_is_the_cache_of_keys_and_values():
     assert softmax(causal=True).state_bytes(11, torch.bfloat16) == 3 * 11 * (5 + 7) * 2
     assert softmax(causal=False).state_bytes(11, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("value_dim", [64, 24])
+@pytest.mark.parametrize("implementation", ["reference", "torch", "math"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_errs_no_more_than_exact_attention_in_the_same_dtype(dtype, implementation, value_dim):
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(2, 3, 301, w, generator=generator, dtype=torch.float64) for w in (64, 64, value_dim))
+    q, k, v = ((4 * q).to(dtype), k.to(dtype), v.to(dtype))
+    mechanism = build("softmax", heads=3, key_dim=64, value_dim=value_dim, causal=True, implementation=implementation)
+    _, state = mechanism.prefill(*(x[:, :, :300] for x in (q, k, v)))
+    out, _ = mechanism.step(*(x[:, :, 300] for x in (q, k, v)), state)
+    truth = attend(q[:, :, 300:].double(), k.double(), v.double()).squeeze(2)
+    yardstick = same_dtype_attention(q[:, :, 300:], k, v, False).squeeze(2)
+    assert out.dtype is dtype
+    assert (out.double() - truth).norm() <= 1.5 * (yardstick.double() - truth).norm() + 1e-15 * truth.norm()
+
+
+def test_a_step_reads_the_cache_where_it_lies():
+    """One row is written; no copy of the keys and values is made, in whatever dtype."""
+    q, k, v = (torch.ones(1, 2, 1000, 32, dtype=torch.bfloat16) for _ in range(3))
+    mechanism = build("softmax", heads=2, key_dim=32, value_dim=32, causal=True, implementation="torch")
+    _, state = mechanism.prefill(q, k, v)
+    row = [x[:, :, 0] for x in (q, k, v)]
+    mechanism.step(*row, state)
+    assert peak_bytes(lambda: mechanism.step(*row, state), "cpu") < k.nbytes / 2
+
+
+def test_a_prefill_needs_as_many_queries_as_keys():
+    q, k, v = operands(9)
+    with pytest.raises(UsageError, match="8 queries and 9 keys"):
+        softmax(True).prefill(q[:, :, :8], k, v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from linbench.mechanisms.cores.chunked import (
     Operator,
     compute_dtype,
     guarded,
+    walk_slabs,
     with_ones,
 )
 from linbench.mechanisms.cores.features import FeatureMap
@@ -79,19 +80,28 @@ class AdditiveState(Mechanism):
     def forward_torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Chunks with a hand-written backward: memory linear in N, no ``[N, F]`` array of features."""
         self.check(q, k)
-        features = self.feature_map_for(q, k)
-        q, k = self.prepared(q, k)
-        heads = (x.flatten(0, 1) for x in (q, k, v))
-        out: Tensor
-        if self.causal:
-            decay = self.log_decay(q.device)
-            rates = None if decay is None else decay.repeat(q.shape[0])
-            operator = Operator(features, self.normalised, rates, self.scale, self.offset)
-            out = ChunkedAttention.apply(*heads, operator)  # type: ignore[no-untyped-call]
-        else:
-            operator = Operator(features, self.normalised, offset=self.offset)
-            out = PooledAttention.apply(*heads, operator)  # type: ignore[no-untyped-call]
+        operator, heads = self.chunk_operands(q, k, v)
+        form = ChunkedAttention if self.causal else PooledAttention
+        out: Tensor = form.apply(*heads, operator)  # type: ignore[no-untyped-call]
         return out.view(*q.shape[:2], *out.shape[1:])
+
+    def chunk_operands(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Operator, list[Tensor]]:
+        """The operator of the fast path, and what φ is applied to with the values, each ``[G, N, ·]``."""
+        features = self.feature_map_for(q, k)
+        batch, (q, k) = q.shape[0], self.prepared(q, k)
+        decay = self.log_decay(q.device) if self.causal else None
+        rates, scale = (None, 1.0) if decay is None else (decay.repeat(batch), self.scale)
+        operator = Operator(features, self.normalised, rates, scale, self.offset)
+        return operator, [x.flatten(0, 1) for x in (q, k, v)]
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Any]:
+        """The chunks of the fast path, which have the state at their end."""
+        self.require_decoding()
+        self.check(q, k)
+        operator, heads = self.chunk_operands(q, k, v)
+        walked = walk_slabs(heads[0], heads[1], heads[2], operator)
+        return walked.out.view(*q.shape[:2], *walked.out.shape[1:]), by_head(walked.after, *q.shape[:2])
 
     def check(self, q: Tensor, k: Tensor) -> None:
         """Refuse what has no operator (for a cell, ``unsupported`` says so before)."""
@@ -167,6 +177,11 @@ class AdditiveState(Mechanism):
         """FLOP per token for the features of a query and a key; their gradient costs as much again."""
         return 0
 
+    def decode_flops(self, cell: Cell) -> int:
+        """4FE for writing and reading the sums, and the features of a query and a key."""
+        per_head = 4 * self.features * self.value_columns + self.feature_flops()
+        return cell.batch * cell.heads * per_head
+
     def min_bytes(self, cell: Cell) -> int:
         """q, k, v read and o written once, and the like backward; states and features can stay on the chip."""
         return streaming_bytes(cell)
@@ -177,6 +192,15 @@ class AdditiveState(Mechanism):
             return None
         state = self.initial_state(1, torch.device("cpu"), dtype)
         return sum(x.nbytes for x in (state.state, state.largest) if x is not None)
+
+
+def by_head(checkpoint: Checkpoint, batch: int, heads: int) -> Checkpoint:
+    """``[G, …]`` as the steps have it, ``[B, H, …]``."""
+    largest = checkpoint.largest
+    return Checkpoint(
+        checkpoint.state.view(batch, heads, *checkpoint.state.shape[1:]),
+        None if largest is None else largest.view(batch, heads),
+    )
 
 
 def visible(rows: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:

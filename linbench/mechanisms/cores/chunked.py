@@ -10,6 +10,7 @@ rest. FLOP per token: 2C(F + E) + 4FE forward, C(6F + 4E) + 10FE backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,37 +157,69 @@ def make_block(slab: Slab, inputs: tuple[Tensor, Tensor, Tensor], past: Checkpoi
     return Block(features, q, k, q_features, k_features, v, v_to_state, weights, products, scores, states, after)
 
 
+@dataclass(frozen=True)
+class Walked:
+    """What a walk over all slabs leaves behind."""
+
+    out: Tensor
+    """``[G, N, M]``."""
+    inverse: Tensor
+    """``[G, N, 1]``: one over the sum of every row; empty where rows are not normalised."""
+    slabs: list[tuple[Slab, Checkpoint]]
+    """With the state before each."""
+    after: Checkpoint
+    """After the last token of every head."""
+    after_whole: Checkpoint
+    """After the last token that fills a chunk of its head."""
+
+
+def walk_slabs(q: Tensor, k: Tensor, v: Tensor, operator: Operator) -> Walked:
+    """The causal form without its gradient: q, k ``[G, N, D]`` and v ``[G, N, M]``."""
+    heads, tokens, value_dim = v.shape
+    dtype, weigh = compute_dtype(q), Weighing(operator)
+    features = operator.features.width(q.shape[-1])
+    at_most = slab_tokens(features, q.device)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    inverse = v.new_empty((heads, tokens, 1) if operator.normalised else 0, dtype=dtype)
+    walk: list[tuple[Slab, Checkpoint]] = []
+    ends: list[tuple[Checkpoint, Checkpoint]] = []
+    for group in head_groups(heads, tokens, at_most):
+        state = v.new_zeros(group.stop - group.start, features, value_dim + operator.normalised, dtype=dtype)
+        past = whole = Checkpoint(state, None)
+        for slab in slabs(group, tokens, operator.features.chunk, at_most):
+            block = make_block(slab, (q, k, v), past, weigh)
+            output = torch.bmm(block.scores, block.v)
+            add_product(output, block.weights.from_state, block.q_features, block.states)
+            if operator.normalised:
+                row_inverse = guarded(output[..., value_dim:] + operator.offset).reciprocal()
+                slab.write(inverse, row_inverse)
+                output = output[..., :value_dim] * row_inverse
+            slab.write(out, output)
+            walk.append((slab, past))
+            past = block.after
+            if slab.length == operator.features.chunk:
+                whole = past
+        ends.append((past, whole))
+    return Walked(out, inverse, walk, *(concatenated(checkpoints) for checkpoints in zip(*ends, strict=True)))
+
+
+def concatenated(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """Those of consecutive heads as one."""
+    largest = [x.largest for x in checkpoints if x.largest is not None]
+    return Checkpoint(torch.cat([x.state for x in checkpoints]), torch.cat(largest) if largest else None)
+
+
 class ChunkedAttention(torch.autograd.Function):
     """``apply(q, k, v, operator)`` with q, k ``[G, N, D]`` and v ``[G, N, M]``; returns ``[G, N, M]``."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, operator: Operator) -> Tensor:
         """Walk the slabs of every head from the left."""
-        heads, tokens, value_dim = v.shape
-        dtype, weigh = compute_dtype(q), Weighing(operator)
-        features = operator.features.width(q.shape[-1])
-        at_most = slab_tokens(features, q.device)
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        inverse = v.new_empty((heads, tokens, 1) if operator.normalised else 0, dtype=dtype)
-        walk: list[tuple[Slab, Checkpoint]] = []
-        for group in head_groups(heads, tokens, at_most):
-            state = v.new_zeros(group.stop - group.start, features, value_dim + operator.normalised, dtype=dtype)
-            past = Checkpoint(state, None)
-            for slab in slabs(group, tokens, operator.features.chunk, at_most):
-                block = make_block(slab, (q, k, v), past, weigh)
-                output = torch.bmm(block.scores, block.v)
-                add_product(output, block.weights.from_state, block.q_features, block.states)
-                if operator.normalised:
-                    row_inverse = guarded(output[..., value_dim:] + operator.offset).reciprocal()
-                    slab.write(inverse, row_inverse)
-                    output = output[..., :value_dim] * row_inverse
-                slab.write(out, output)
-                walk.append((slab, past))
-                past = block.after
-        ctx.save_for_backward(q, k, v, out, inverse)
-        ctx.walk = walk if any(ctx.needs_input_grad) else []
+        walked = walk_slabs(q, k, v, operator)
+        ctx.save_for_backward(q, k, v, walked.out, walked.inverse)
+        ctx.walk = walked.slabs if any(ctx.needs_input_grad) else []
         ctx.operator = operator
-        return out
+        return walked.out
 
     @staticmethod
     @once_differentiable

@@ -68,7 +68,7 @@ class _Correction(torch.autograd.Function):
 
 def regression(
     q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor, beta: Tensor, ridge: Tensor, iterations: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """H_tᵀ (G_t + Λ)⁻¹ q_t with G_t = γ_t G_{t−1} + β_t k_t k_tᵀ and H_t = γ_t H_{t−1} + β_t k_t v_tᵀ.
 
     Args:
@@ -79,6 +79,9 @@ def regression(
         beta: ``[B, H, N]``.
         ridge: the diagonal of Λ, positive, ``[H, D]``.
         iterations: of every solve.
+
+    Returns:
+        ``[B, H, N, M]``, and G_N beside H_N, ``[B, H, D, D + M]``.
     """
     batch, heads, _, key_dim = q.shape
     run = max(slab_tokens(4 * key_dim, q.device) // (batch * heads * CHUNK), 4) * CHUNK
@@ -103,8 +106,8 @@ def regression(
     with torch.no_grad():
         solutions, _ = segmented(solved, (gram,), (q, k, log_decay, beta), run, (ridge,))
     sums = q.new_zeros(batch, heads, key_dim, key_dim + v.shape[-1])
-    out, _ = segmented(read, (sums,), (q, k, v, log_decay, beta, solutions), run, (ridge,))
-    return out
+    out, after = segmented(read, (sums,), (q, k, v, log_decay, beta, solutions), run, (ridge,))
+    return out, after[0]
 
 
 class _Past:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from linbench.cell import Cell
@@ -56,16 +57,29 @@ class DecayState(Recurrence):
 
     def forward_torch(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         """Chunks with a hand-written backward and one state per slab; see :mod:`~linbench.mechanisms.cores.decay`."""
+        return self._whole(q, k, v, extras)[0]
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """The chunks of the fast path, which have the state at their end."""
+        return self._whole(q, k, v, extras)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The fast path and its last state."""
         self.check(q, k, extras)
         x = self.operands(q, k, v, **extras)
         options = {"entering": x.entering, "bonus": x.bonus, "skip": x.skip}
-        return decayed_attention(x.q, x.k, x.v, x.log_decay, scale=x.scale, **options)[0]
+        return decayed_attention(x.q, x.k, x.v, x.log_decay, scale=x.scale, **options)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
         """One token: q, k ``[B, H, D]``, v ``[B, H, M]``, and the extras of that token."""
         inputs = (q, k, v, *(extras[name] for name in self.gates()), *self.weights)
         out, (state,) = self.advance((state,), *(x.to(state.dtype) for x in inputs))
         return out.to(v.dtype), state
+
+    def decode_flops(self, cell: Cell) -> int:
+        """4DM for writing and reading the state."""
+        return 4 * cell.batch * cell.heads * cell.head_dim * cell.value_dim
 
     def flops(self, cell: Cell) -> int:
         """Matrix products of chunks of at most C tokens.

@@ -77,6 +77,11 @@ class DeltaState(Recurrence):
             return parts[0][0], parts[0][1][0]
         return torch.cat([out for out, _ in parts]), torch.cat([after[0] for _, after in parts])
 
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`extend` from no token."""
+        return self.extend(q, k, v, self.initial_state(q.shape[0], q.device, q.dtype), **extras)
+
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
         """One token: q, k ``[B, H, D]``, v ``[B, H, M]``, and the extras of that token."""
         token = {name: x[:, :, None].to(state.dtype) for name, x in extras.items()}
@@ -85,6 +90,11 @@ class DeltaState(Recurrence):
         one_q, one_k, one_v = (x[:, :, None].to(state.dtype) for x in (q, k, v))
         out, state = delta.step(self.operands(one_q, one_k, one_v, token, *weights), state)
         return out.squeeze(2).to(v.dtype), state
+
+    def decode_flops(self, cell: Cell) -> int:
+        """2DM each for reading what the state holds, writing, and reading for the query, and for keys of their own."""
+        products = 8 if self.separate_keys else 6
+        return products * cell.batch * cell.heads * cell.head_dim * cell.value_dim
 
     def flops(self, cell: Cell) -> int:
         """Matrix products of chunks of C tokens and the inverse, C³/3, of a triangular matrix in each.

@@ -9,6 +9,7 @@ half of every block reads the state of its first half. O(N log N) time, and memo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,26 @@ def fenwick_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, weight
 
     out, _ = segmented(segment, state, (q, k, v, log_decay, weights, position), run * CHUNK)
     return out
+
+
+def last_states(k: Tensor, v: Tensor, log_decay: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The levels of the last token with what it sees there, Σ_j exp(Σ_{j<t<N} log_decay_t) k_jᵀ v_j ``[B, H, D, M]``.
+
+    Args:
+        k: ``[B, H, N, D]`` in the dtype of the computation, as v.
+        v: ``[B, H, N, M]``.
+        log_decay: at most 0, ``[B, H, N]``.
+    """
+    last = k.shape[2] - 1
+    until = log_decay.double().clamp(min=STRONGEST).cumsum(-1)
+    to_end = _weight(until[..., -1:] - until, k)[..., None]
+    first = 0
+    for bit in range(last.bit_length(), -1, -1):
+        if last >> bit & 1:
+            seen = slice(first, first + (1 << bit))
+            yield bit + 1, (k[:, :, seen] * to_end[:, :, seen]).mT @ v[:, :, seen]
+            first += 1 << bit
+    yield 0, k[:, :, last, :, None] * v[:, :, last, None, :]
 
 
 class _Place(NamedTuple):

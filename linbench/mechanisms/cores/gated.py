@@ -18,8 +18,8 @@ from linbench.mechanisms.cores.slabs import slab_tokens
 
 def gated_attention(
     features: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, chunk: int
-) -> Tensor:
-    """φ(q_t) S_t with rows divided by what the column of ones gives.
+) -> tuple[Tensor, Tensor]:
+    """φ(q_t) S_t with rows divided by what the column of ones gives, ``[B, H, N, M]``, and S_N ``[B, H, F, M + 1]``.
 
     Args:
         features: φ, differentiable.
@@ -40,8 +40,8 @@ def gated_attention(
 
     # a state is kept for every run, so that a run is not shorter than makes it small beside its tokens
     run = max(slab_tokens(width, q.device) // (batch * heads * chunk), 4) * chunk
-    out, _ = segmented(segment, (state,), (q, k, v, log_decay), run)
-    return out
+    out, after = segmented(segment, (state,), (q, k, v, log_decay), run)
+    return out, after[0]
 
 
 def _cut(x: Tensor, chunk: int) -> Tensor:

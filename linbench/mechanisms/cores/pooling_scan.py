@@ -73,20 +73,36 @@ def pooling_scan(r: Tensor, k: Tensor, v: Tensor, rate: Tensor, bonus: Tensor) -
     return out
 
 
+def pooled(  # noqa: PLR0917
+    r: Tensor, k: Tensor, v: Tensor, rate: Tensor, bonus: Tensor, borders: list[Tensor] | None = None
+) -> tuple[Tensor, Past]:
+    """:func:`pooling_scan` without its gradient, and what it carries after the last token.
+
+    Args:
+        r: ``[B, H, N, M]``, as k and v.
+        rate: ``[H, M]``, as the bonus.
+        borders: where to put what is carried before every run; nowhere when None.
+    """
+    space, out = Space(rate), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    after = Past(rate.new_empty(2, v.shape[0], *rate.shape), rate.new_empty(v.shape[0], *rate.shape))
+    for walk in _walks(v):
+        past, lanes = _nothing(walk[0], rate), (walk[0].batch, walk[0].heads)
+        for run in walk:
+            if borders is not None:
+                borders.extend(past)
+            block = _forward(run, k, v, rate, bonus, past, space)
+            past = block.last
+            run.write(out, block.average.mul_(run.read(r, rate.dtype).sigmoid()))
+        after.sums[:, *lanes], after.level[lanes] = past
+    return out, after
+
+
 class _PoolingScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rate: Tensor, bonus: Tensor, *streams: Tensor) -> Tensor:
         r, k, v = streams
-        space, out = Space(rate), torch.empty(v.shape, dtype=v.dtype, device=v.device)
         borders: list[Tensor] = []
-        for walk in _walks(v):
-            past = _nothing(walk[0], rate)
-            for run in walk:
-                if any(ctx.needs_input_grad):
-                    borders.extend(past)
-                block = _forward(run, k, v, rate, bonus, past, space)
-                past = block.last
-                run.write(out, block.average.mul_(run.read(r, rate.dtype).sigmoid()))
+        out, _ = pooled(r, k, v, rate, bonus, borders if any(ctx.needs_input_grad) else None)
         ctx.save_for_backward(rate, bonus, r, k, v, *borders)
         return out
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linbench.mechanisms.cores.cache import Cache
+
 TILE = 32
 """Queries per tile; more read fewer blocks, and leave more of the last tile of every block empty."""
 DENSE = 8
@@ -52,6 +54,32 @@ def selected_attention(q: Tensor, blocks: Blocks, chosen: Tensor, positions: Ten
     """
     few = blocks.keys.shape[1] <= DENSE * chosen.shape[-1]
     return _masked(q, blocks, chosen, positions) if few else _tiled(q, blocks, chosen, positions)
+
+
+def attend_chosen(q: Tensor, cache: Cache, chosen: Tensor, size: int) -> Tensor:
+    """The last token's softmax over the blocks that it has chosen, of which alone rows are read.
+
+    Args:
+        q: ``[B, H, 1, D]``, not scaled, in the dtype of the computation.
+        cache: that token included.
+        chosen: int64 ``[B, H, s]``, different blocks; −1 for none. The block of the token is among them.
+        size: tokens per block.
+
+    Returns:
+        ``[B, H, 1, M]``.
+    """
+    rows = (chosen[..., None] * size + torch.arange(size, device=q.device)).flatten(2)
+    hidden = (rows < 0) | (rows >= cache.count)
+    # whole rows of all heads by one index are several times faster than a gather
+    heads = torch.arange(rows[..., 0].numel(), device=q.device).view(*rows.shape[:2], 1) * cache.key_rows.shape[2]
+    index = (rows.clamp(0, cache.count - 1) + heads).flatten()
+    keys, values = (
+        x.flatten(0, 2).index_select(0, index).view(*rows.shape, -1).to(q.dtype)
+        for x in (cache.key_rows, cache.value_rows)
+    )
+    logits = (q @ keys.mT * q.shape[-1] ** -0.5).masked_fill(hidden[:, :, None], -torch.inf)
+    out: Tensor = logits.softmax(-1) @ values
+    return out
 
 
 def _masked(q: Tensor, blocks: Blocks, chosen: Tensor, positions: Tensor) -> Tensor:

@@ -67,21 +67,35 @@ def selective_scan(q: Tensor, k: Tensor, v: Tensor, step: Tensor, rate: Tensor, 
     return out
 
 
+def scanned(tokens: Tokens, rate: Tensor, skip: Tensor, borders: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """S6 without its gradient: y, and the state after the last token, ``[B, H, D, M]``.
+
+    Args:
+        tokens: C, B, u and Δ.
+        rate: A, ``[H, D, M]``, in the dtype of the computation.
+        skip: ``[H, M]``.
+        borders: where to put the state before every run; nowhere when None.
+    """
+    space, out = Space(rate), torch.empty(tokens.u.shape, dtype=tokens.u.dtype, device=rate.device)
+    after = rate.new_empty(tokens.u.shape[0], *rate.shape)
+    for walk in _walks(tokens, rate):
+        state = rate.new_zeros(_batch(walk[0]), *rate[walk[0].heads].shape)
+        for run in walk:
+            if borders is not None:
+                borders.append(state)
+            block = _forward(run, tokens.read(run, rate.dtype), rate, state, space)
+            state = block.last
+            y = _rows(block.tokens.q, block.states)
+            run.write(out, y.addcmul_(skip[run.heads], block.tokens.u))
+        after[walk[0].batch, walk[0].heads] = state
+    return out, after
+
+
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rate: Tensor, skip: Tensor, *streams: Tensor) -> Tensor:
-        tokens, space = Tokens(*streams), Space(rate)
-        out = torch.empty(tokens.u.shape, dtype=tokens.u.dtype, device=rate.device)
         borders: list[Tensor] = []
-        for walk in _walks(tokens, rate):
-            state = rate.new_zeros(_batch(walk[0]), *rate[walk[0].heads].shape)
-            for run in walk:
-                if any(ctx.needs_input_grad):
-                    borders.append(state)
-                block = _forward(run, tokens.read(run, rate.dtype), rate, state, space)
-                state = block.last
-                y = _rows(block.tokens.q, block.states)
-                run.write(out, y.addcmul_(skip[run.heads], block.tokens.u))
+        out, _ = scanned(Tokens(*streams), rate, skip, borders if any(ctx.needs_input_grad) else None)
         ctx.save_for_backward(rate, skip, *streams, *borders)
         return out
 
