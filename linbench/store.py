@@ -1,11 +1,11 @@
-"""Append and read results: one JSON line per cell, durable line by line, one file per run."""
+"""Append and read results: one JSON line per cell or frontier, durable line by line, one file per run."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -13,9 +13,11 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from linbench.errors import UsageError
-from linbench.record import SCHEMA_VERSION, Record, Run
+from linbench.record import SCHEMA_VERSION, Frontier, Record, Run
 
-Line = TypeVar("Line", Run, Record)
+KINDS: dict[str, type[Record | Frontier]] = {"cell": Record, "frontier": Frontier}
+"""What a line after the first may be, by its ``kind``."""
+Line = TypeVar("Line", Run, Record | Frontier)
 
 
 class RunFile:
@@ -38,7 +40,7 @@ class RunFile:
         except OSError as error:
             raise UsageError(f"results_dir: cannot write {self.path}: {error.strerror or error}") from error
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record | Frontier) -> None:
         """Write one record as one line and wait until it is on the disk."""
         self._write(record)
 
@@ -57,7 +59,13 @@ class RunFile:
 
 
 def read(path: Path) -> tuple[Run, list[Record]]:
-    """Read one results file.
+    """The run and the cells of one results file; as :func:`read_lines`."""
+    run, lines = read_lines(path)
+    return run, [line for line in lines if isinstance(line, Record)]
+
+
+def read_lines(path: Path) -> tuple[Run, list[Record | Frontier]]:
+    """Read one results file: its run, and its lines of every other kind.
 
     A last line that was cut off in mid-write is dropped with a warning.
 
@@ -73,11 +81,11 @@ def read(path: Path) -> tuple[Run, list[Record]]:
         warnings.warn(f"{path}: the last line was cut off in mid-write and is left out", stacklevel=2)
     if not lines:
         raise UsageError(f"{path} is not a linbench results file: it has no complete line")
-    run = _parse(lines[0], Run, path, 1)
-    return run, [_parse(line, Record, path, number) for number, line in enumerate(lines[1:], 2) if line.strip()]
+    run = _parse(lines[0], {"run": Run}, path, 1)
+    return run, [_parse(line, KINDS, path, number) for number, line in enumerate(lines[1:], 2) if line.strip()]
 
 
-def _parse(text: str, model: type[Line], path: Path, number: int) -> Line:
+def _parse(text: str, kinds: Mapping[str, type[Line]], path: Path, number: int) -> Line:
     try:
         content = json.loads(text)
         kind, schema = content["kind"], int(content["schema_version"])
@@ -85,8 +93,10 @@ def _parse(text: str, model: type[Line], path: Path, number: int) -> Line:
         raise UsageError(f"{path} is not a linbench results file: line {number} is none of its lines") from error
     if schema > SCHEMA_VERSION:
         raise UsageError(f"{path} has schema {schema}; this linbench reads schemas up to {SCHEMA_VERSION}: upgrade it")
+    if kind not in kinds:
+        raise UsageError(f"{path} is not a linbench results file: line {number} is of kind '{kind}'")
     try:
-        return model.model_validate(content)
+        return kinds[kind].model_validate(content)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"]) or kind
         what = error.errors()[0]["msg"]
@@ -125,3 +135,15 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
             newest.pop(key, None)  # so that the newest stands last
             newest[key] = record
     return runs, list(newest.values())
+
+
+def read_frontiers(paths: Iterable[Path]) -> list[Frontier]:
+    """The newest frontier of every series on every machine, oldest first."""
+    newest: dict[tuple[str, str], Frontier] = {}
+    for run, lines in sorted((read_lines(path) for path in paths), key=lambda pair: pair[0].time):
+        for line in lines:
+            if isinstance(line, Frontier):
+                key = (run.environment.machine, line.cell.series())
+                newest.pop(key, None)  # so that the newest stands last
+                newest[key] = line
+    return list(newest.values())

@@ -66,10 +66,25 @@ class Plan:
 
 
 def prepare(config: Config, runner: Runner) -> Plan:
-    """Expand the configuration, survey the machine, ask each mechanism about its cells, and find what is finished.
+    """A plan, and what of it is finished.
 
     Raises:
-        UsageError: a mechanism, implementation, parameter or shape that cannot be, or nothing that can run.
+        UsageError: as :func:`outline`, or nothing can run.
+    """
+    plan = outline(config, runner)
+    if plan.steps and all(step.skip and step.skip.status is Status.UNSUPPORTED for step in plan.steps):
+        reasons = list(dict.fromkeys(step.skip.reason for step in plan.steps if step.skip))
+        raise UsageError(f"nothing can run: {'; '.join(reasons[:3])}")
+    if config.resume:
+        plan.finished = _finished(plan)
+    return plan
+
+
+def outline(config: Config, runner: Runner) -> Plan:
+    """Expand the configuration, survey the machine, ask each mechanism about its cells.
+
+    Raises:
+        UsageError: a mechanism, implementation, parameter or shape that cannot be.
     """
     cells = expand(config)
     measures = {
@@ -97,13 +112,7 @@ def prepare(config: Config, runner: Runner) -> Plan:
         time_limit_s=config.time_limit_s,
         memory_limit_bytes=limit,
     )
-    plan = Plan(steps, {}, survey.environment, measures, config, limit, problems)
-    if steps and all(step.skip and step.skip.status is Status.UNSUPPORTED for step in steps):
-        reasons = list(dict.fromkeys(step.skip.reason for step in steps if step.skip))
-        raise UsageError(f"nothing can run: {'; '.join(reasons[:3])}")
-    if config.resume:
-        plan.finished = _finished(plan)
-    return plan
+    return Plan(steps, {}, survey.environment, measures, config, limit, problems)
 
 
 def _prospects(cells: Sequence[Cell], measures: dict[str, Measure], runner: Runner) -> tuple[list[Prospect], list[str]]:
@@ -155,21 +164,25 @@ def memory_limit(cell: Cell, plan: Plan) -> int:
 
 def execute(plan: Plan, runner: Runner, command: str, progress: Progress) -> None:
     """Run what is pending, one record after the other onto the disk and into ``plan.finished``."""
-    now = datetime.now(UTC)
-    sweep = re.sub(r"\W+", "-", plan.config.sweep)  # it becomes a file's name, and may itself be a path
-    name = f"{now:%Y%m%dT%H%M%SZ}-{sweep}-{secrets.token_hex(2)}"
-    run = Run(
-        run=name,
-        time=now.isoformat(timespec="seconds"),
-        command=command,
-        cells=len(plan.steps),
-        environment=plan.environment,
-    )
+    run = new_run(plan, command)
     with RunFile(plan.folder, run) as results:
         for step, record in _records(plan, runner, run, progress.starts):
             results.append(record)
             plan.finished[record.cell.key] = record
             progress.ended(step, record)
+
+
+def new_run(plan: Plan, command: str) -> Run:
+    """The first line of a results file that is about to be written."""
+    now = datetime.now(UTC)
+    sweep = re.sub(r"\W+", "-", plan.config.sweep)  # it becomes a file's name, and may itself be a path
+    return Run(
+        run=f"{now:%Y%m%dT%H%M%SZ}-{sweep}-{secrets.token_hex(2)}",
+        time=now.isoformat(timespec="seconds"),
+        command=command,
+        cells=len(plan.steps),
+        environment=plan.environment,
+    )
 
 
 def _records(plan: Plan, runner: Runner, run: Run, starts: Callable[[Step], None]) -> Iterator[tuple[Step, Record]]:

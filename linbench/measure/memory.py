@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
-import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from linbench.limits import status_bytes
 from linbench.measure.call import Call, tensors_bytes
+from linbench.measure.levels import high_water_bytes, reset_high_water_mark, return_freed_memory
 from linbench.record import Memory
-
-
-class UnmeasurableMemoryError(RuntimeError):
-    """This system does not tell a process its own peak."""
 
 
 def measure_memory(call: Call, _output: Tensor, *, repeats: int = 3) -> Memory:
@@ -54,33 +46,9 @@ def _cuda_increment(call: Call) -> int:
 
 def _resident_increment(call: Call) -> int:
     part = call.timed_part()
-    _return_freed_memory()
-    before = _reset_high_water_mark()
+    return_freed_memory()
+    before = reset_high_water_mark()
     result = part()
-    increment = _status_bytes("VmHWM") - before
+    increment = high_water_bytes() - before
     del result
     return max(0, increment)
-
-
-def _return_freed_memory() -> None:
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other libraries keep less
-        if trim is not None:
-            trim(0)
-
-
-def _reset_high_water_mark() -> int:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        told = f"the high-water mark of a process cannot be reset here ({error}); leave memory out of measure=[...]"
-        raise UnmeasurableMemoryError(told) from error
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(name: str) -> int:
-    found = status_bytes(name)
-    if found is None:
-        raise UnmeasurableMemoryError(f"/proc/self/status has no {name}")
-    return found
