@@ -18,18 +18,21 @@ from linbench.errors import UsageError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from linbench.record import Record, Run
+    from linbench.record import Frontier, Record, Run
     from linbench.sweep import Plan
 
 VERBS = {
     "run": "measure a sweep: linbench run +sweep=smoke",
     "plan": "show what a sweep would measure, what it costs and what is left out, without running it",
+    "frontier": "search the longest sequence that fits into memory and time: linbench frontier +sweep=frontier",
     "check": "try to refute a mechanism: causality, gradients, strides, costs, what it claims: linbench check NAME",
     "capture": "keep q, k, v of a Hugging Face model on a text: linbench capture MODEL --text FILE --out FILE",
     "report": "build the report of results files or folders",
     "list": "show mechanisms, inputs, sweeps, measures and devices",
     "doctor": "say whether this machine is fit to measure",
 }
+CONFIGURED = ("run", "plan", "frontier")
+"""The verbs whose words Hydra composes."""
 USAGE, INTERRUPTED = 2, 130
 
 
@@ -61,10 +64,10 @@ def _dispatch(argv: list[str]) -> int:
     if verb in ("-V", "--version"):
         print(f"linbench {__version__}")
         return 0
-    if verb in ("run", "plan"):
+    if verb in CONFIGURED:
         from linbench.hydra_front import compose_and_call
 
-        return compose_and_call(run if verb == "run" else plan, verb, rest)
+        return compose_and_call({"run": run, "plan": plan, "frontier": frontier}[verb], verb, rest)
     others = {"check": check, "capture": capture, "report": report, "list": list_choices, "doctor": doctor}
     if verb in others:
         return others[verb](rest)
@@ -72,7 +75,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {verb:8}{text}" for verb, text in VERBS.items()]
+    lines = [f"  {verb:9} {text}" for verb, text in VERBS.items()]
     return "\n".join(
         [
             "linbench: which attention mechanism at my length, on my device, and what do I lose?",
@@ -99,13 +102,12 @@ def run(config: DictConfig, command: str) -> int:
     try:
         with Runner() as runner:
             plan = prepare(asked, runner)
-            _announce(plan)
+            _announce(plan, "cells", len(plan.pending), len(plan.finished))
             if plan.pending or plan.repeated:
                 with SweepProgress(plan.pending, plan.repeated) as progress:
                     execute(plan, runner, command, progress)
     except KeyboardInterrupt:
-        print(f"\nStopped. What was measured is kept; this goes on from there: {command}", file=sys.stderr)
-        return INTERRUPTED
+        return _stopped(command)
     records = plan.records
     files = [plan.folder / f"{name}.jsonl" for name in plan.runs]
     spent = duration(sum(record.elapsed_s + sum(again.elapsed_s for again in record.rounds) for record in records))
@@ -114,7 +116,7 @@ def run(config: DictConfig, command: str) -> int:
         print(told)
     title = f"linbench {asked.sweep} on {plan.environment.machine}"
     runs, _ = read_all(files)
-    print(f"Report: {_write_report(runs, records, files[-1].with_suffix('.report'), title)}")
+    print(f"Report: {_write_report(runs, records, [], files[-1].with_suffix('.report'), title)}")
     return 0
 
 
@@ -127,6 +129,34 @@ def plan(config: DictConfig, _command: str) -> int:
 
     with Runner() as runner:
         show(prepare(checked(config), runner))
+    return 0
+
+
+def frontier(config: DictConfig, command: str) -> int:
+    """Config → series → the longest length of each that fits → store → report."""
+    from linbench.frontier import execute, prepare
+    from linbench.frontier_progress import FrontierProgress
+    from linbench.hydra_front import checked
+    from linbench.runner import Runner
+    from linbench.store import read_all
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked = checked(config)
+    try:
+        with Runner() as runner:
+            searches = prepare(asked, runner)
+            plan = searches.plan
+            _announce(plan, "series", len(searches.pending), len(searches.done))
+            if searches.pending:
+                with FrontierProgress(len(searches.pending)) as progress:
+                    execute(searches, runner, command, progress)
+    except KeyboardInterrupt:
+        return _stopped(command)
+    files = [plan.folder / f"{name}.jsonl" for name in sorted({line.run for line in searches.frontiers})]
+    title = f"linbench {asked.sweep} on {plan.environment.machine}"
+    runs, _ = read_all(files)
+    page = _write_report(runs, [], searches.frontiers, files[-1].with_suffix(".report"), title)
+    print(f"{len(searches.frontiers)} frontiers. Records: {files[-1]}\nReport: {page}")
     return 0
 
 
@@ -182,7 +212,7 @@ def capture(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     """Records → report."""
-    from linbench.store import read_all, results_files
+    from linbench.store import read_all, read_frontiers, results_files
 
     parser = _Parser(prog="linbench report", description=VERBS["report"])
     parser.add_argument("paths", nargs="*", default=["results"], help="results files or folders (default: results)")
@@ -192,9 +222,11 @@ def report(argv: list[str]) -> int:
     paths = [Path(path) for path in options.paths]
     beside = paths[0] if paths[0].is_dir() else paths[0].parent
     folder = Path(options.output) if options.output else beside / "all.report"
-    runs, records = read_all(results_files(paths))
-    page = _write_report(runs, records, folder, options.title or f"linbench: {', '.join(options.paths)}")
-    print(f"{_tally(records)}. Report: {page}")
+    files = results_files(paths)
+    runs, records = read_all(files)
+    frontiers = read_frontiers(files)
+    page = _write_report(runs, records, frontiers, folder, options.title or f"linbench: {', '.join(options.paths)}")
+    print(f"{_tally(records)}{f'; {len(frontiers)} frontiers' if frontiers else ''}. Report: {page}")
     return 0
 
 
@@ -218,16 +250,20 @@ def doctor(argv: list[str]) -> int:
     return examine()
 
 
-def _announce(plan: Plan) -> None:
+def _announce(plan: Plan, what: str, pending: int, finished: int) -> None:
     for problem in plan.problems:
         print(f"linbench: warning: {problem}", file=sys.stderr)
-    pending, finished = len(plan.pending), len(plan.finished)
     known = f", {finished} more are finished already" if finished else ""
     environment = plan.environment
     where = (
         ", ".join(environment.gpus) or f"{environment.cpu}, {environment.threads} of {environment.cores_logical} CPUs"
     )
-    print(f"{pending} cells{known}. {where}. Results: {plan.folder}")
+    print(f"{pending} {what}{known}. {where}. Results: {plan.folder}")
+
+
+def _stopped(command: str) -> int:
+    print(f"\nStopped. What was measured is kept; this goes on from there: {command}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _tally(records: Sequence[Record]) -> str:
@@ -238,11 +274,13 @@ def _tally(records: Sequence[Record]) -> str:
     return f"{len(records)} cells: {parts}"
 
 
-def _write_report(runs: Sequence[Run], records: Sequence[Record], folder: Path, title: str) -> Path:
+def _write_report(
+    runs: Sequence[Run], records: Sequence[Record], frontiers: Sequence[Frontier], folder: Path, title: str
+) -> Path:
     from linbench.report import write_report
 
     try:
-        return write_report(records, runs, folder, title)
+        return write_report(records, runs, folder, title, frontiers)
     except OSError as error:
         raise UsageError(f"the report cannot be written to {folder}: {error.strerror or error}") from error
 
@@ -260,7 +298,7 @@ def _complete(argv: list[str]) -> int:
             begun = os.environ.get("COMP_LINE", "").split()[1:]
             print(*(verb for verb in VERBS if not begun or verb.startswith(begun[0])))
             return 0
-        if typed[2] not in ("run", "plan"):
+        if typed[2] not in CONFIGURED:
             return 0
         os.environ["COMP_LINE"] = typed[1] + typed[3]
     return hydra_completion(argv)

@@ -66,6 +66,17 @@ class Shard(BaseModel):
     count: int = Field(1, ge=1)
 
 
+class FrontierSearch(BaseModel):
+    """How far and how closely the longest sequence that fits is searched for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    largest: Number = 2**24
+    """Tokens; no longer sequence is tried."""
+    relative_gap: float = Field(1 / 16, gt=0, lt=1)
+    """The search ends when the bracket is no wider than this share of its upper end."""
+
+
 class Choice(BaseModel):
     """One chosen file of a group: what it names, and its parameters, each a list of values to multiply."""
 
@@ -113,6 +124,7 @@ class Config(BaseModel):
     rounds: PositiveInt
     retries: int
     shard: Shard
+    frontier: FrontierSearch = FrontierSearch()
     sweep: str = "run"
 
 
@@ -127,6 +139,7 @@ class _Settings(BaseModel):
     rounds: Number
     retries: Seed
     shard: Shard
+    frontier: FrontierSearch = FrontierSearch()
 
 
 def parse(raw: Mapping[str, Any], options: Mapping[str, list[str]], sweep: str = "run") -> Config:

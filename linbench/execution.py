@@ -43,17 +43,7 @@ class Progress(Protocol):
 
 def execute(plan: Plan, runner: Runner, command: str, progress: Progress) -> None:
     """Run what is pending, one record after the other onto the disk and into ``plan.finished``; then its rounds."""
-    now = datetime.now(UTC)
-    sweep = re.sub(r"\W+", "-", plan.config.sweep)  # it becomes a file's name, and may itself be a path
-    run = Run(
-        run=f"{now:%Y%m%dT%H%M%SZ}-{sweep}-{secrets.token_hex(2)}",
-        time=now.isoformat(timespec="seconds"),
-        command=command,
-        cells=len(plan.steps),
-        rounds=plan.config.rounds,
-        order_seed=secrets.randbits(32),
-        environment=plan.environment,
-    )
+    run = new_run(plan, command)
     execution = Execution(plan, runner, run, progress)
     with RunFile(plan.folder, run) as results:
         for step, record in execution.first_round():
@@ -65,6 +55,21 @@ def execute(plan: Plan, runner: Runner, command: str, progress: Progress) -> Non
                 results.append(again)
                 plan.finished[step.cell.key].rounds.append(again)
                 progress.ended(step, again)
+
+
+def new_run(plan: Plan, command: str) -> Run:
+    """The first line of a results file that is about to be written."""
+    now = datetime.now(UTC)
+    sweep = re.sub(r"\W+", "-", plan.config.sweep)  # it becomes a file's name, and may itself be a path
+    return Run(
+        run=f"{now:%Y%m%dT%H%M%SZ}-{sweep}-{secrets.token_hex(2)}",
+        time=now.isoformat(timespec="seconds"),
+        command=command,
+        cells=len(plan.steps),
+        rounds=plan.config.rounds,
+        order_seed=secrets.randbits(32),
+        environment=plan.environment,
+    )
 
 
 @dataclass

@@ -121,3 +121,38 @@ class Examined(BaseModel):
     notes: list[str] = Field(default_factory=list)
     """Shapes that are looked at in place of odd ones, and why."""
     usage_error: str | None = None
+
+
+class ProbeRequest(BaseModel):
+    """Draw the inputs of one cell and call its pass once."""
+
+    cell: Cell
+    threads: int
+    memory_limit_bytes: int | None
+    """On parameters, inputs and the call together; null on CUDA."""
+    drawing_limit_bytes: int
+    """While the inputs are drawn, where that is more."""
+
+
+class Probed(Block):
+    """How that ended, and the peak where it ended well."""
+
+    status: Status
+    reason: str | None = None
+    peak_bytes: int | None = None
+
+
+class NearestRequest(BaseModel):
+    """Say which length strictly between two others the mechanism and the inputs of ``cell`` take."""
+
+    cell: Cell
+    """At the length that is wanted."""
+    above: int
+    below: int
+
+
+class Nearest(BaseModel):
+    """The one nearest to the wanted length, or why there is none."""
+
+    length_tokens: int | None = None
+    reason: str | None = None

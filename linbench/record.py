@@ -158,6 +158,21 @@ class Memory(Block):
     samples_bytes: list[int]
     inputs_bytes: int
     """Bytes of q, k, v and extras, and of the output's gradient where the pass reads one: not in the increment."""
+    total_peak_bytes: int | None = None
+    """The peak itself, with all that was there before: of the process on the CPU, libraries included; of torch's
+    allocator on CUDA. Median over the calls, as all that follow; null in records that did not ask."""
+    saved_for_backward_bytes: int | None = None
+    """What stays allocated after a forward beyond its output, until the backward; null for passes without one."""
+    state_bytes: int | None = None
+    """Of the state from which the next token is decoded, whole batch, after ``state_tokens`` tokens; null where the
+    mechanism does not decode. The cost model's figure for all N tokens is in ``cost``."""
+    state_tokens: int | None = None
+    """The cell's length, or 256 where that is less."""
+    reserved_bytes: int | None = None
+    """CUDA: rise of what torch's allocator has taken from the driver, from an emptied cache on."""
+    driver_bytes: int | None = None
+    """CUDA: how much less memory of the device was free after the call than before, by the driver; it counts others'
+    memory, too."""
 
 
 class PositionError(Block):
@@ -464,9 +479,67 @@ class Run(Block):
     command: str
     """The command that makes this run again."""
     cells: int
-    """Cells in the plan, those already finished included."""
+    """Cells in the plan, those already finished included; series in a file of frontiers."""
     rounds: int = 1
     """Rounds that were asked for: processes of as many servers time every cell."""
     order_seed: int | None = None
     """Of the order of cells of one length; null in records that kept to the plan's order."""
     environment: Environment
+
+
+class Probe(Block):
+    """One attempt at a length: a process of its own that draws the inputs and calls the pass once."""
+
+    length_tokens: int
+    status: Status
+    """``ok``: it ended within both limits."""
+    reason: str | None = None
+    peak_bytes: int | None = None
+    """Highest level of the process above that before it built the mechanism: parameters, inputs and call together;
+    null where it did not end, or the system does not tell."""
+    elapsed_s: float
+
+
+class Frontier(Block):
+    """The longest sequence whose pass runs within a memory limit and a time limit, for one cell without its length."""
+
+    kind: Literal["frontier"] = "frontier"
+    schema_version: int = SCHEMA_VERSION
+    run: str
+    """Name of the run whose file holds this line."""
+    time: str
+    """When the search ended, UTC, ISO 8601."""
+    cell: Cell
+    """At the longest length that fits; at the shortest that was tried where none does."""
+    code: str
+    """Hash of the source that made the probes, as in a cell's record."""
+    status: Status
+    """What stopped the search: how the shortest failing length ended; ``unsupported`` where the mechanism or the inputs
+    take no longer one; ``ok`` where the largest length of all still fits."""
+    reason: str
+    complete: bool
+    """Whether the search came to its end; an interrupted one is gone on with by the same command."""
+    longest_fitting_tokens: int | None = None
+    shortest_failing_tokens: int | None = None
+    largest_tokens: int
+    """No length above this one was to be tried."""
+    relative_gap: float
+    """The search ends when the two lengths differ by no more than this share of the failing one."""
+    memory_limit_bytes: int | None = None
+    """Of a probe's process; null on CUDA, where all of the device's memory may be used."""
+    time_limit_s: float
+    """Of a probe, from its start to its end."""
+    probes: list[Probe]
+    """In the order in which they were made."""
+
+    @model_validator(mode="after")
+    def _bracket_is_that_of_the_probes(self) -> Frontier:
+        fitting = [probe.length_tokens for probe in self.probes if probe.status is Status.OK]
+        failing = [probe.length_tokens for probe in self.probes if probe.status is not Status.OK]
+        if self.longest_fitting_tokens != max(fitting, default=None):
+            raise ValueError("longest_fitting_tokens is not the longest probe that is ok")
+        if self.shortest_failing_tokens != min(failing, default=None):
+            raise ValueError("shortest_failing_tokens is not the shortest probe that is not ok")
+        if fitting and failing and max(fitting) >= min(failing):
+            raise ValueError("a length fits above one that does not")
+        return self

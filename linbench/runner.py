@@ -22,6 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from linbench.limits import MEMORY_SIGNS, kernel_kills
 from linbench.protocol import (
     ClockTrial,
     Examined,
@@ -29,7 +30,11 @@ from linbench.protocol import (
     ForeseeRequest,
     Foresight,
     MeasureRequest,
+    Nearest,
+    NearestRequest,
     Outcome,
+    Probed,
+    ProbeRequest,
     Survey,
     SurveyRequest,
     TryClockRequest,
@@ -134,6 +139,35 @@ class Runner:
         if ended.answer is None:
             raise RuntimeError(_death(ended))
         return Examined.model_validate_json(ended.answer)
+
+    def probe(self, request: ProbeRequest, time_limit_s: float) -> Probed:
+        """Try one length of a frontier. Always returns, as :meth:`measure`.
+
+        A process that the kernel killed for want of memory, or that died of an allocation, has run out of memory; where
+        the kernel does not count its kills, every SIGKILL is taken for one.
+        """
+        kills = kernel_kills()
+        ended = self._run("probe", request.model_dump_json(by_alias=True), time_limit_s)
+        if ended.answer is not None:
+            return Probed.model_validate_json(ended.answer)
+        if ended.timed_out:
+            reason = f"no end within {time_limit_s:g} s; it was in stage '{ended.stage}'"
+            return Probed(status=Status.TIMEOUT, reason=reason)
+        killed = ended.exit_code == -signal.SIGKILL and (kills is None or kernel_kills() != kills)
+        if killed or any(sign in ended.last_words for sign in MEMORY_SIGNS):
+            return Probed(status=Status.OOM, reason=_death(ended))
+        return Probed(status=Status.CRASH, reason=_death(ended))
+
+    def nearest(self, request: NearestRequest) -> Nearest:
+        """Ask a child for the length nearest to the wanted one that a mechanism and its inputs take.
+
+        Raises:
+            RuntimeError: the child gave no answer, because a mechanism's import or constructor ended it.
+        """
+        ended = self._run("nearest", request.model_dump_json(by_alias=True), FORESEE_LIMIT_S)
+        if ended.answer is None:
+            raise RuntimeError(_death(ended))
+        return Nearest.model_validate_json(ended.answer)
 
     def _run(self, task: str, request: str, limit_s: float) -> _Ended:
         receiver, sender = self._context.Pipe(duplex=False)

@@ -1,11 +1,11 @@
-"""Append and read results: one JSON line per cell, durable line by line, one file per run."""
+"""Append and read results: one JSON line per cell or frontier, durable line by line, one file per run."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TypeVar
@@ -13,9 +13,11 @@ from typing import NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from linbench.errors import UsageError
-from linbench.record import SCHEMA_VERSION, Record, Round, Run
+from linbench.record import SCHEMA_VERSION, Frontier, Record, Round, Run
 
-Line = TypeVar("Line", Run, Record, Round)
+KINDS: dict[str, type[Record | Round | Frontier]] = {"cell": Record, "round": Round, "frontier": Frontier}
+"""What a line after the first may be, by its ``kind``."""
+Line = TypeVar("Line", Run, Record | Round | Frontier)
 
 
 class Contents(NamedTuple):
@@ -24,6 +26,7 @@ class Contents(NamedTuple):
     run: Run
     records: list[Record]
     rounds: list[Round]
+    frontiers: list[Frontier]
 
 
 class RunFile:
@@ -46,7 +49,7 @@ class RunFile:
         except OSError as error:
             raise UsageError(f"results_dir: cannot write {self.path}: {error.strerror or error}") from error
 
-    def append(self, line: Record | Round) -> None:
+    def append(self, line: Record | Round | Frontier) -> None:
         """Write one line and wait until it is on the disk."""
         self._write(line)
 
@@ -81,16 +84,20 @@ def read(path: Path) -> Contents:
         warnings.warn(f"{path}: the last line was cut off in mid-write and is left out", stacklevel=2)
     if not lines:
         raise UsageError(f"{path} is not a linbench results file: it has no complete line")
-    contents = Contents(_parse(lines[0], Run, path, 1), [], [])
-    for number, line in enumerate(lines[1:], 2):
-        if line.startswith('{"kind":"round"'):
-            contents.rounds.append(_parse(line, Round, path, number))
-        elif line.strip():
-            contents.records.append(_parse(line, Record, path, number))
+    contents = Contents(_parse(lines[0], {"run": Run}, path, 1), [], [], [])
+    for number, text in enumerate(lines[1:], 2):
+        if text.strip():
+            line = _parse(text, KINDS, path, number)
+            if isinstance(line, Record):
+                contents.records.append(line)
+            elif isinstance(line, Round):
+                contents.rounds.append(line)
+            else:
+                contents.frontiers.append(line)
     return contents
 
 
-def _parse(text: str, model: type[Line], path: Path, number: int) -> Line:
+def _parse(text: str, kinds: Mapping[str, type[Line]], path: Path, number: int) -> Line:
     try:
         content = json.loads(text)
         kind, schema = content["kind"], int(content["schema_version"])
@@ -98,8 +105,10 @@ def _parse(text: str, model: type[Line], path: Path, number: int) -> Line:
         raise UsageError(f"{path} is not a linbench results file: line {number} is none of its lines") from error
     if schema > SCHEMA_VERSION:
         raise UsageError(f"{path} has schema {schema}; this linbench reads schemas up to {SCHEMA_VERSION}: upgrade it")
+    if kind not in kinds:
+        raise UsageError(f"{path} is not a linbench results file: line {number} is of kind '{kind}'")
     try:
-        return model.model_validate(content)
+        return kinds[kind].model_validate(content)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"]) or kind
         what = error.errors()[0]["msg"]
@@ -135,7 +144,7 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
     runs: list[Run] = []
     newest: dict[tuple[str, str], Record] = {}
     rounds: list[tuple[str, Round]] = []
-    for run, records, again in sorted((read(path) for path in paths), key=lambda contents: contents.run.time):
+    for run, records, again, _ in sorted((read(path) for path in paths), key=lambda contents: contents.run.time):
         runs.append(run)
         for record in records:
             key = (run.environment.machine, record.cell.key)
@@ -147,3 +156,14 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
         if owner is not None and owner.code == one.code and one.time >= owner.time:
             owner.rounds.append(one)
     return runs, list(newest.values())
+
+
+def read_frontiers(paths: Iterable[Path]) -> list[Frontier]:
+    """The newest frontier of every series on every machine, oldest first."""
+    newest: dict[tuple[str, str], Frontier] = {}
+    for contents in sorted((read(path) for path in paths), key=lambda contents: contents.run.time):
+        for line in contents.frontiers:
+            key = (contents.run.environment.machine, line.cell.series())
+            newest.pop(key, None)  # so that the newest stands last
+            newest[key] = line
+    return list(newest.values())

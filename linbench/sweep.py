@@ -76,10 +76,25 @@ class Plan:
 
 
 def prepare(config: Config, runner: Runner) -> Plan:
-    """Expand the configuration, survey the machine, ask each mechanism about its cells, and find what is finished.
+    """A plan, and what of it is finished.
 
     Raises:
-        UsageError: a mechanism, implementation, parameter or shape that cannot be, or nothing that can run.
+        UsageError: as :func:`outline`, or nothing can run.
+    """
+    plan = outline(config, runner)
+    if plan.steps and all(step.skip and step.skip.status is Status.UNSUPPORTED for step in plan.steps):
+        reasons = list(dict.fromkeys(step.skip.reason for step in plan.steps if step.skip))
+        raise UsageError(f"nothing can run: {'; '.join(reasons[:3])}")
+    if config.resume:
+        plan.finished = _finished(plan)
+    return plan
+
+
+def outline(config: Config, runner: Runner) -> Plan:
+    """Expand the configuration, survey the machine, ask each mechanism about its cells.
+
+    Raises:
+        UsageError: a mechanism, implementation, parameter or shape that cannot be.
     """
     cells = expand(config)
     measures = {
@@ -107,13 +122,7 @@ def prepare(config: Config, runner: Runner) -> Plan:
         time_limit_s=config.time_limit_s,
         memory_limit_bytes=limit,
     )
-    plan = Plan(steps, {}, survey.environment, measures, config, limit, problems)
-    if steps and all(step.skip and step.skip.status is Status.UNSUPPORTED for step in steps):
-        reasons = list(dict.fromkeys(step.skip.reason for step in steps if step.skip))
-        raise UsageError(f"nothing can run: {'; '.join(reasons[:3])}")
-    if config.resume:
-        plan.finished = _finished(plan)
-    return plan
+    return Plan(steps, {}, survey.environment, measures, config, limit, problems)
 
 
 def _prospects(cells: Sequence[Cell], measures: dict[str, Measure], runner: Runner) -> tuple[list[Prospect], list[str]]:

@@ -22,12 +22,12 @@ import torch
 from linbench import environment, inputs, registry
 from linbench.cell import Cell, digest
 from linbench.errors import UsageError
-from linbench.limits import die_with_parent, limit_memory
+from linbench.limits import MEMORY_SIGNS, die_with_parent, limit_memory
 from linbench.measure.call import Call
 from linbench.measure.check import check, check_rows
 from linbench.measure.error import NonFiniteOutputError, UndefinedError
 from linbench.measure.honesty import DishonestTimingError
-from linbench.measure.memory import UnmeasurableMemoryError
+from linbench.measure.levels import UnmeasurableMemoryError
 from linbench.measure.peaks import measure_peaks
 from linbench.mechanisms.base import Mechanism
 from linbench.plan import Prospect, Rates
@@ -39,7 +39,9 @@ from linbench.protocol import (
     Foresight,
     Measure,
     MeasureRequest,
+    NearestRequest,
     Outcome,
+    ProbeRequest,
     Survey,
     SurveyRequest,
     TryClockRequest,
@@ -51,6 +53,8 @@ from linbench.roofline import impossible_below_ms
 
 def main(connection: Connection, task: str, request: str, log: str) -> None:
     """Entry point of the process: do one task and send one answer (a cell also sends the name of each stage)."""
+    from linbench import probing  # it is built on this module
+
     os.setsid()  # Ctrl-C goes to the parent alone, and a kill reaches whatever a mechanism has started
     die_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -68,6 +72,10 @@ def main(connection: Connection, task: str, request: str, log: str) -> None:
         "examine": lambda: examine(
             ExamineRequest.model_validate_json(request), lambda stage: connection.send(("stage", stage))
         ).model_dump_json(),
+        "probe": lambda: probing.probe(
+            ProbeRequest.model_validate_json(request), lambda stage: connection.send(("stage", stage))
+        ).model_dump_json(),
+        "nearest": lambda: probing.nearest(NearestRequest.model_validate_json(request)).model_dump_json(),
     }
     connection.send(("answer", tasks[task]()))
     connection.close()
@@ -244,9 +252,7 @@ def classify(error: Exception) -> tuple[Status, str]:
     module = type(error).__module__
     if isinstance(error, UsageError | NotImplementedError | UndefinedError | UnmeasurableMemoryError):
         return Status.UNSUPPORTED, str(error) or text
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        sign in str(error) for sign in ("can't allocate memory", "out of memory", "bad_alloc", "not enough memory")
-    ):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in MEMORY_SIGNS):
         return Status.OOM, text
     if module.startswith(("triton.", "torch._dynamo", "torch._inductor")):
         return Status.COMPILE_ERROR, text

@@ -16,9 +16,11 @@ from linbench.record import (
     Environment,
     Error,
     Fit,
+    Frontier,
     Kernel,
     Memory,
     Peaks,
+    Probe,
     Record,
     Run,
     Speed,
@@ -74,7 +76,7 @@ def test_installed_mechanisms_take_part_in_every_sweep_that_names_none(tmp_path:
         assert ("strided" in done.stdout) is joins, done.stdout
 
 
-@pytest.mark.parametrize("command", re.findall(r"^linbench (?:run|plan) .*$", README, re.MULTILINE))
+@pytest.mark.parametrize("command", re.findall(r"^linbench (?:run|plan|frontier) .*$", README, re.MULTILINE))
 def test_every_command_of_the_readme_composes(command: str, tmp_path: Path) -> None:
     words = command.partition("#")[0].split()[1:]
     done = subprocess.run(
@@ -95,7 +97,8 @@ def test_every_picture_and_file_that_the_documents_link_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [Run, Environment, Peaks, Record, Cost, Check, Speed, Memory, Error, Fit, Structure, Kernel]
+    "model",
+    [Run, Environment, Peaks, Record, Cost, Check, Speed, Memory, Error, Fit, Structure, Kernel, Frontier, Probe],
 )
 def test_every_field_of_a_record_is_defined(model: type[BaseModel]) -> None:
     text = (ROOT / "results" / "README.md").read_text()

@@ -29,6 +29,8 @@ MAY_NOT_IMPORT = {
     "store": ["torch", "linbench.worker", "linbench.report"],
     "runner": ["torch", "linbench.registry", "linbench.mechanisms", "linbench.measure"],
     "sweep": ["torch", "linbench.registry", "linbench.mechanisms", "linbench.measure"],
+    "frontier": ["torch", "linbench.registry", "linbench.mechanisms", "linbench.measure"],
+    "probing": ["linbench.store", "linbench.report", "linbench.runner", "linbench.sweep"],
     "stats": ["torch", "linbench.record", "linbench.store"],
     "worker": ["linbench.store", "linbench.report", "linbench.runner", "linbench.sweep"],
     "measure": ["linbench.store", "linbench.report", "linbench.runner", "linbench.worker"],
@@ -70,6 +72,7 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
     [
         "import linbench",
         "import linbench.cli, linbench.hydra_front, linbench.sweep, linbench.runner, linbench.progress",
+        "import linbench.frontier, linbench.frontier_progress",
         "import linbench.store, linbench.stats, linbench.report.page",
         "import linbench.roofline, linbench.doctor",
     ],

@@ -80,6 +80,12 @@ def _memory(record: Record) -> dict[str, Any]:
     return {
         "memory_increment_bytes": memory.increment_bytes if memory else None,
         "memory_inputs_bytes": memory.inputs_bytes if memory else None,
+        "memory_total_peak_bytes": memory.total_peak_bytes if memory else None,
+        "memory_saved_for_backward_bytes": memory.saved_for_backward_bytes if memory else None,
+        "memory_state_bytes": memory.state_bytes if memory else None,
+        "memory_state_tokens": memory.state_tokens if memory else None,
+        "memory_reserved_bytes": memory.reserved_bytes if memory else None,
+        "memory_driver_bytes": memory.driver_bytes if memory else None,
         "memory_method": memory.method if memory else None,
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from linbench.record import Record, Run
+from linbench.record import Frontier, Record, Run
 from linbench.report.answers import make_answers, summary
 from linbench.report.crossover import crossovers
 from linbench.report.definitions import DEFINITIONS, ROOFLINE
@@ -20,21 +20,24 @@ from linbench.report.drawing import panel_svg, save_png, swatch_symbol
 from linbench.report.failures import make_failures
 from linbench.report.figures import Chart, make_charts, make_look
 from linbench.report.frame import records_frame
+from linbench.report.frontiers import frontier_section
 from linbench.report.growth import growth_section
 from linbench.report.league import has_rooflines, make_leagues
 from linbench.report.papers import paper_sections
 from linbench.report.points import make_points
 from linbench.report.provenance import make_provenance
 from linbench.report.rounds import rounds_section
-from linbench.report.sections import fit_section, map_section, rank_section, target_section
+from linbench.report.sections import fit_section, kept_section, map_section, rank_section, target_section
 from linbench.report.style import DARK, VARIABLES
 
 FIGURES = "figures"
-SECTIONS = (growth_section, target_section, fit_section, rank_section, map_section, rounds_section)
+SECTIONS = (growth_section, kept_section, target_section, fit_section, rank_section, map_section, rounds_section)
 SLUGS = ("latency", "memory", "error", "pareto", "crossover")
 
 
-def write_report(records: Sequence[Record], runs: Sequence[Run], folder: Path, title: str) -> Path:
+def write_report(
+    records: Sequence[Record], runs: Sequence[Run], folder: Path, title: str, frontiers: Sequence[Frontier] = ()
+) -> Path:
     """Write ``index.html``, ``report.md``, ``cells.csv`` and ``figures/*.png`` into ``folder``.
 
     Everything is made in a folder of its own beside the target and moved into place at the end, the page last: a
@@ -47,7 +50,7 @@ def write_report(records: Sequence[Record], runs: Sequence[Run], folder: Path, t
     draft = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
     try:
         (draft / FIGURES).mkdir()
-        content, charts = _content(records, runs, title)
+        content, charts = _content(records, runs, title, frontiers)
         for chart in charts:
             save_png(chart.panels, chart.legend, content["look"], draft / FIGURES / f"{chart.slug}.png")
         records_frame(records, runs).to_csv(draft / "cells.csv", index=False)
@@ -59,13 +62,16 @@ def write_report(records: Sequence[Record], runs: Sequence[Run], folder: Path, t
     return folder / "index.html"
 
 
-def _content(records: Sequence[Record], runs: Sequence[Run], title: str) -> tuple[dict[str, Any], list[Chart]]:
+def _content(
+    records: Sequence[Record], runs: Sequence[Run], title: str, frontiers: Sequence[Frontier]
+) -> tuple[dict[str, Any], list[Chart]]:
     """What both templates are filled with."""
     points = make_points(records, runs)
     look = make_look(points)
     crossings = {setting: crossovers(group) for setting, group in points.by_setting.items()}
     charts = make_charts(points, crossings, look)
-    provenance, unknown_runs = make_provenance(runs, records)
+    provenance, unknown_runs = make_provenance(runs, records, frontiers)
+    longest = frontier_section(frontiers, runs)
     leagues = make_leagues(points)
     rooflines = has_rooflines(leagues)
     content = {
@@ -77,7 +83,11 @@ def _content(records: Sequence[Record], runs: Sequence[Run], title: str) -> tupl
         "charts": charts,
         "leagues": leagues,
         "rooflines": rooflines,
-        "sections": [*paper_sections(points), *(section for make in SECTIONS if (section := make(points)))],
+        "sections": [
+            *([longest] if longest else []),
+            *paper_sections(points),
+            *(section for make in SECTIONS if (section := make(points))),
+        ],
         "look": look,
         "symbols": {series: f"s{index}" for index, series in enumerate(points.series)},
         "failures": make_failures(records, runs),

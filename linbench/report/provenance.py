@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from linbench.record import Record, Run
+from linbench.record import Frontier, Record, Run
 from linbench.report.units import size
 
 
@@ -22,15 +22,22 @@ class Provenance:
     """What the environment was: name and value, without those that it does not have."""
 
 
-def make_provenance(runs: Sequence[Run], records: Sequence[Record]) -> tuple[list[Provenance], list[str]]:
+def make_provenance(
+    runs: Sequence[Run], records: Sequence[Record], frontiers: Sequence[Frontier] = ()
+) -> tuple[list[Provenance], list[str]]:
     """One block for each run, and the names of runs that records mention but nobody described."""
-    counts = Counter(record.run for record in records)
+    searches = Counter(line.run for line in frontiers)
+    counts = Counter(record.run for record in records) + searches
     unknown = sorted(set(counts) - {run.run for run in runs})
     blocks = [
-        Provenance(run.run, run.time, run.command, f"{counts[run.run]:,} of {run.cells:,} cells", _facts(run))
+        Provenance(run.run, run.time, run.command, _answered(counts[run.run], run, searches), _facts(run))
         for run in runs
     ]
     return blocks, unknown
+
+
+def _answered(lines: int, run: Run, searches: Counter[str]) -> str:
+    return f"{lines:,} of {run.cells:,} {'series' if run.run in searches else 'cells'}"
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

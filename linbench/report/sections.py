@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from linbench.record import Block, Error, Fit, Record, Structure
+from linbench.record import Block, Error, Fit, Memory, Record, Structure
 from linbench.report.names import setting_names, variant_names
 from linbench.report.points import Point, Points
-from linbench.report.units import MISSING, error, skill, tokens
+from linbench.report.units import MISSING, error, size, skill, tokens
 
 Kind = TypeVar("Kind", bound=Block)
 
@@ -129,6 +129,29 @@ def map_section(points: Points) -> Section | None:
     if reasons:
         notes.append(f"Without a map: {'; '.join(reasons)}.")
     return Section("maps", "Attention maps", notes, grids) if grids else None
+
+
+def kept_section(points: Points) -> Section | None:
+    """Memory during a call beside what is kept after it: for the backward, and for the next token."""
+
+    def row(block: Memory) -> list[str]:
+        kept = (block.saved_for_backward_bytes, block.state_bytes)
+        if kept == (None, None):
+            return []
+        figures = (block.increment_bytes, *kept, block.total_peak_bytes, block.reserved_bytes, block.driver_bytes)
+        told = [MISSING if value is None else size(value) for value in figures]
+        told[2] += f" at {tokens(block.state_tokens)}" if block.state_tokens else ""
+        return told
+
+    columns = ["Memory", "Saved for backward", "Decoding state", "Peak in all", "Reserved", "Driver"]
+    grids = _grids(points, lambda record: record.memory, row, columns)
+    notes = [
+        "“Memory” is the rise of one call above the level before it, “saved for backward” what stays allocated after a "
+        "forward beyond its output, “decoding state” what the next token needs of those before it, after as many "
+        "tokens as are named. “Peak in all” counts the inputs, on the CPU also the libraries of the process. Reserved "
+        "(by torch's allocator) and driver are of CUDA."
+    ]
+    return Section("kept", "Memory that is kept", notes, grids) if grids else None
 
 
 def _grids(

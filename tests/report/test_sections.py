@@ -6,10 +6,11 @@ import pytest
 
 from linbench.record import AttentionMap, Cost, Fit, Kernel, Structure
 from linbench.report import write_report
+from linbench.report.frame import records_frame
 from linbench.report.growth import claimed_exponent, fitted_exponent, growth_section
 from linbench.report.papers import PAPERS, paper_sections
 from linbench.report.points import make_points
-from linbench.report.sections import fit_section, map_section, rank_section, target_section
+from linbench.report.sections import fit_section, kept_section, map_section, rank_section, target_section
 
 FIT = Fit(
     protocol=2, steps=3, selected_step=2, learning_rate=0.1, parameters=1234, own_parameters=5,
@@ -72,6 +73,18 @@ def test_sections_show_their_blocks_and_are_absent_without_them(record):
     assert fit_section(points([of_protocol_1])).grids[0].rows == [[*fitted, "3 of 3"]]
     assert rank_section(points([full])).grids[0].rows == [["linear", "2.5", "3.0", "7.5", "8.0", "8"]]
     assert target_section(points([full])).grids[0].rows == [["linear", "0.200", "0.750", "0.300"]]
+
+
+def test_memory_that_is_kept_stands_beside_that_of_a_call(record):
+    plain = record("linear", 64, increment_bytes=2**20)
+    assert kept_section(points([plain])) is None
+    kept = {"saved_for_backward_bytes": 3 * 2**20, "state_bytes": 512, "state_tokens": 64, "total_peak_bytes": 2**30}
+    full = plain.model_copy(update={"memory": plain.memory.model_copy(update=kept)})
+    row = ["linear", "1 MiB", "3 MiB", "512 B at 64", "1 GiB", "–", "–"]
+    assert kept_section(points([full])).grids[0].rows == [row]
+    frame = records_frame([plain, full], [])
+    assert frame["memory_saved_for_backward_bytes"].tolist()[1] == 3 * 2**20
+    assert frame["memory_state_tokens"].isna().tolist() == [True, False]
 
 
 def test_maps_stand_beside_those_of_softmax_and_reasons_below_them(record):
