@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from linbench.cell import Cell, Scalar
+from linbench.cell import BACKWARD_PASSES, Cell, Scalar
 from linbench.config import Choice, Config
 from linbench.record import Cost, Peaks, Status
 
@@ -40,6 +40,8 @@ class Prospect(BaseModel):
     check_rows: int = 0
     sequential_check: bool = False
     """The mechanism's reference walks the tokens one by one."""
+    setup_flops: int = 0
+    """What is computed before the pass: the prompt before a decoded token."""
 
 
 class Skip(NamedTuple):
@@ -185,27 +187,29 @@ def estimate_seconds(cell: Cell, prospect: Prospect, rates: Rates, measures: dic
         return 0.0
     call = max(prospect.cost.flops / rates.flops_per_s, prospect.cost.min_bytes / rates.bytes_per_s) / SUSTAINED_SHARE
     wide = 2 * cell.batch * cell.heads * cell.length * (cell.head_dim + cell.value_dim)
-    reference = prospect.check_rows * wide * (1 if cell.pass_ == "forward" else 4) / (rates.flops_per_s / 8)
+    reference = prospect.check_rows * wide * (4 if cell.pass_ in BACKWARD_PASSES else 1) / (rates.flops_per_s / 8)
     if prospect.sequential_check:
         state = cell.batch * cell.heads * cell.head_dim * cell.value_dim
         step = SEQUENTIAL_STEP_S + 8 * 8 * state / rates.bytes_per_s
-        reference = cell.length * step * (1 if cell.pass_ == "forward" else 4)
-    seconds = STARTUP_S + call + reference
+        reference = cell.length * step * (4 if cell.pass_ in BACKWARD_PASSES else 1)
+    seconds = STARTUP_S + call + reference + prospect.setup_flops / rates.flops_per_s / SUSTAINED_SHARE
     if (speed := measures.get("speed")) is not None:
         seconds += WARMUP_CALLS * call + _sampling_seconds(call, speed)
     if (memory := measures.get("memory")) is not None:
         seconds += float(memory.get("repeats") or 3) * call
+    if cell.pass_ == "decode":
+        return seconds
     if (error := measures.get("error")) is not None:
         whole = cell.length <= float(error.get("full_up_to_tokens") or 0)
         rows = cell.length if whole else float(error.get("rows") or 512)
         seconds += call + rows * wide / (rates.flops_per_s / 4)
-        if cell.pass_ != "forward" and cell.length <= float(error.get("gradient_tokens") or 0):
+        if cell.pass_ in BACKWARD_PASSES and cell.length <= float(error.get("gradient_tokens") or 0):
             seconds += call + 3 * cell.length * wide / (rates.flops_per_s / 4)
     if (structure := measures.get("structure")) is not None:
         probes = cell.length / cell.value_dim if float(structure.get("map_rows") or 0) else 0
         seconds += probes * call + cell.length * wide / (rates.flops_per_s / 4)
     if (fit := measures.get("fit")) is not None:
-        forward = prospect.cost.flops / (1 if cell.pass_ == "forward" else 3) / rates.flops_per_s
+        forward = prospect.cost.flops / (3 if cell.pass_ in BACKWARD_PASSES else 1) / rates.flops_per_s
         exact = cell.length * wide / rates.flops_per_s
         seconds += float(fit.get("steps") or 300) * (4 * forward + exact) / SUSTAINED_SHARE
     return seconds

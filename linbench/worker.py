@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from linbench import environment, inputs, registry
-from linbench.cell import Cell, digest
+from linbench.cell import BACKWARD_PASSES, Cell, digest
 from linbench.errors import UsageError
 from linbench.limits import MEMORY_SIGNS, die_with_parent, limit_memory
 from linbench.measure.call import Call
@@ -49,6 +49,9 @@ from linbench.protocol import (
 from linbench.provenance import source_hash
 from linbench.record import MEASURED, Cost, Speed, Status
 from linbench.roofline import impossible_below_ms
+
+OF_MANY_TOKENS = ("error", "fit", "structure", "kernel")
+"""Measures that judge the output of a sequence: a decoded token is checked, and not judged by them."""
 
 
 def main(connection: Connection, task: str, request: str, log: str) -> None:
@@ -93,7 +96,7 @@ def measure(request: MeasureRequest, enter: Callable[[str], None]) -> Outcome:
         stages.enter("check")
         block, output = check(call)
         blocks: dict[str, Any] = {}
-        for name, wanted in request.measures.items() if block.passed else ():
+        for name, wanted in _applying(request).items() if block.passed else ():
             stages.enter(name)
             blocks[name] = _function(wanted)(call, output, **wanted.parameters)
         if block.passed:
@@ -108,6 +111,12 @@ def measure(request: MeasureRequest, enter: Callable[[str], None]) -> Outcome:
     except Exception as error:
         status, why = classify(error)
         return Outcome(status=status, reason=f"{why} (stage: {stages.current})", stages_s=stages.leave())
+
+
+def _applying(request: MeasureRequest) -> dict[str, Measure]:
+    """The measures that say something of the cell's pass: of one token only what it costs."""
+    single = request.cell.pass_ == "decode"
+    return {name: wanted for name, wanted in request.measures.items() if not (single and name in OF_MANY_TOKENS)}
 
 
 def examine(request: ExamineRequest, enter: Callable[[str], None]) -> Examined:
@@ -138,7 +147,7 @@ def prepare(cell: Cell) -> Call:
     """Build the mechanism, draw the inputs, move both to the device."""
     device = torch.device(cell.device, int(cell.device_parameters.get("index") or 0))
     mechanism = registry.of_cell(cell).to(device)
-    backward = cell.pass_ != "forward"
+    backward = cell.pass_ in BACKWARD_PASSES
     q, k, v = (tensor.to(device).requires_grad_(backward) for tensor in inputs.draw(cell))
     generator = torch.Generator().manual_seed(int(digest(["extras", cell.seed]), 16) % 2**63)
     extras = mechanism.make_extras(q, k, v, generator)
@@ -167,7 +176,7 @@ def _prospect(cell: Cell, request: ForeseeRequest) -> Prospect:
             reason = f"{cell.mechanism} has no implementation '{cell.implementation}', only {choices}"
             return Prospect(unsupported=reason, code="none")
         mechanism = registry.of_cell(cell)
-        lacking = mechanism.unsupported(cell) or inputs.unsupported(cell)
+        lacking = mechanism.unsupported(cell) or _undecodable(mechanism, cell) or inputs.unsupported(cell)
         family = cell.inputs_target or inputs.families()[cell.inputs].replace(":", ".")
         modules = [cls.__module__, family.rpartition(".")[0], "linbench.measure.check"]
         modules += [wanted.target.rpartition(".")[0] for wanted in request.measures.values()]
@@ -178,16 +187,40 @@ def _prospect(cell: Cell, request: ForeseeRequest) -> Prospect:
             return Prospect(unsupported=lacking, code=digest(made_with))
         state = mechanism.state_bytes(cell.length, getattr(torch, cell.dtype))
         cost = Cost(
-            flops=mechanism.flops(cell),
-            min_bytes=mechanism.min_bytes(cell),
+            flops=mechanism.pass_flops(cell),
+            min_bytes=mechanism.pass_bytes(cell),
             state_bytes=state,
             claimed_time=cls.description.time,
             claimed_memory=cls.description.memory,
         )
         rows = check_rows(cell.length, cell.batch * cell.heads)
-        return Prospect(cost=cost, code=digest(made_with), check_rows=rows, sequential_check=cls.sequential_reference)
+        return Prospect(
+            cost=cost,
+            code=digest(made_with),
+            check_rows=1 if cell.pass_ == "decode" else rows,
+            sequential_check=cls.sequential_reference,
+            setup_flops=_setup_flops(mechanism, cell),
+        )
     except UsageError as error:
         return Prospect(usage_error=str(error))
+
+
+def _setup_flops(mechanism: Mechanism, cell: Cell) -> int:
+    """What a decode cell computes before its token: a prompt, which without a prefill of its own is as many steps."""
+    if cell.pass_ != "decode":
+        return 0
+    if type(mechanism).prefill is Mechanism.prefill:
+        return mechanism.decode_flops(cell) * cell.length
+    return mechanism.pass_flops(cell.model_copy(update={"pass_": "prefill"}))
+
+
+def _undecodable(mechanism: Mechanism, cell: Cell) -> str | None:
+    """Why the cell's pass cannot go token by token, where it has to."""
+    if cell.pass_ not in ("prefill", "decode") or mechanism.decodes:
+        return None
+    if not cell.causal:
+        return f"{cell.pass_} goes from token to token: it needs causal=true"
+    return f"{cell.mechanism} has no decoding step"
 
 
 def _settings(measures: dict[str, Measure]) -> object:
@@ -229,7 +262,7 @@ def _verdict(request: MeasureRequest, mechanism: Mechanism, speed: Speed | None)
     if speed is None:
         return Status.OK, None
     fastest = min(speed.samples_ms)
-    flops, min_bytes = mechanism.flops(request.cell), mechanism.min_bytes(request.cell)
+    flops, min_bytes = mechanism.pass_flops(request.cell), mechanism.pass_bytes(request.cell)
     floors = impossible_below_ms(request.cell, flops, min_bytes, request.peaks, speed.threads)
     if (ceiling := environment.flops_ceiling(request.cell, speed.threads)) is not None:
         floors["do the mechanism's arithmetic"] = flops / ceiling * 1e3

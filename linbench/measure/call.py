@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from linbench.cell import Cell
-from linbench.mechanisms.base import Mechanism
+from linbench.cell import BACKWARD_PASSES, Cell
+from linbench.mechanisms.base import Mechanism, extras_at
 
 
 @dataclass
@@ -29,17 +32,50 @@ class Call:
     output_gradient: Tensor | None = None
 
     @property
+    def rows(self) -> Tensor | None:
+        """Positions of the queries that the output has: the last one for ``decode``, all (None) for the others."""
+        return torch.tensor([self.cell.length - 1]) if self.cell.pass_ == "decode" else None
+
+    @cached_property
+    def state(self) -> Any:
+        """What all tokens but the last one leave behind: where ``decode`` starts."""
+        with torch.no_grad():
+            if self.cell.length == 1:
+                return self.mechanism.initial_state(self.cell.batch, self.q.device, self.q.dtype)
+            before = {name: x[:, :, :-1] if x.ndim >= 3 else x for name, x in self.extras.items()}
+            return self.mechanism.prefill(self.q[:, :, :-1], self.k[:, :, :-1], self.v[:, :, :-1], **before)[1]
+
+    @cached_property
+    def _timed_state(self) -> Any:
+        return copy.deepcopy(self.state)
+
+    @property
     def differentiable(self) -> dict[str, Tensor]:
         """The operands whose gradients the pass computes, by the gradient's name."""
         operands = {"dq": self.q, "dk": self.k, "dv": self.v, **{f"d{n}": t for n, t in self.extras.items()}}
         return {name: tensor for name, tensor in operands.items() if tensor.requires_grad}
 
     def forward(self) -> Tensor:
-        """The output; with a graph behind it only where the pass has a backward."""
-        if self.cell.pass_ == "forward":
-            with torch.no_grad():
-                return self.mechanism(self.q, self.k, self.v, **self.extras)  # type: ignore[no-any-return]
-        return self.mechanism(self.q, self.k, self.v, **self.extras)  # type: ignore[no-any-return]
+        """The output, ``[B, H, N, M]``, or ``[B, H, 1, M]`` for ``decode``, which leaves :attr:`state` as it was.
+
+        With a graph behind it only where the pass has a backward.
+        """
+        if self.cell.pass_ in BACKWARD_PASSES:
+            return self.mechanism(self.q, self.k, self.v, **self.extras)  # type: ignore[no-any-return]
+        if self.cell.pass_ == "decode":
+            return self._step(copy.deepcopy(self.state))
+        with torch.no_grad():
+            if self.cell.pass_ == "prefill":
+                return self.mechanism.prefill(self.q, self.k, self.v, **self.extras)[0]
+            return self.mechanism(self.q, self.k, self.v, **self.extras)  # type: ignore[no-any-return]
+
+    def _step(self, state: Any) -> Tensor:
+        """The last token, from the state before it."""
+        last = extras_at(self.extras, self.cell.length - 1)
+        with torch.no_grad():
+            return self.mechanism.step(self.q[:, :, -1], self.k[:, :, -1], self.v[:, :, -1], state, **last)[0][
+                :, :, None
+            ]
 
     def gradients(self, output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``⟨output, output_gradient⟩``; returned, never accumulated into ``.grad``.
@@ -52,14 +88,17 @@ class Call:
     def timed_part(self) -> Callable[[], object]:
         """Prepare one call of the pass and return its part that is to be timed.
 
-        For ``backward`` the forward runs here, outside the timed part, since a graph can be walked once.
+        For ``backward`` the forward runs here, outside the timed part, since a graph can be walked once. ``decode``
+        steps from the same state every time; a mechanism that changes it in place goes on from what it has changed.
         """
-        if self.cell.pass_ == "forward":
-            return self.forward
+        if self.cell.pass_ == "decode":
+            return lambda: self._step(self._timed_state)
         if self.cell.pass_ == "backward":
             output = self.forward()
             return lambda: self.gradients(output)
-        return lambda: self.gradients(self.forward())
+        if self.cell.pass_ == "forward_backward":
+            return lambda: self.gradients(self.forward())
+        return self.forward
 
 
 def tensors_bytes(*tensors: Tensor | None) -> int:

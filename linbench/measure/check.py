@@ -45,14 +45,17 @@ def check(call: Call) -> tuple[Check, Tensor]:
         the block, and the output that was checked, ``[B, H, N, M]``, for the measures that need it.
     """
     cell = call.cell
-    rows = sampled_rows(cell.length, check_rows(cell.length, cell.batch * cell.heads), cell.seed).to(call.q.device)
+    count = check_rows(cell.length, cell.batch * cell.heads)
+    rows = sampled_rows(cell.length, count, cell.seed) if call.rows is None else call.rows
+    rows = rows.to(call.q.device)
     output = call.forward()
-    shape = (cell.batch, cell.heads, cell.length, cell.value_dim)
+    shape = (cell.batch, cell.heads, cell.length if call.rows is None else len(rows), cell.value_dim)
     if tuple(output.shape) != shape or output.dtype != call.v.dtype:
-        found = f"the output is {output.dtype} {tuple(output.shape)}, not {call.v.dtype} {shape}"
-        return _failed(call, rows, found), output.detach()
+        told = f"the output is {output.dtype} {tuple(output.shape)}, not {call.v.dtype} {shape}"
+        return _failed(call, rows, told), output.detach()
     expected, exact_gradients = _reference(call, rows)
-    difference = output.detach()[:, :, rows].double() - expected
+    found = output.detach() if call.rows is not None else output.detach()[:, :, rows]
+    difference = found.double() - expected
     gradient_errors: dict[str, float] = {}
     if exact_gradients:
         gradients = torch.autograd.grad(

@@ -12,7 +12,8 @@ from torch import Tensor
 from linbench.errors import UsageError
 from linbench.measure.call import Call, tensors_bytes
 from linbench.measure.levels import high_water_bytes, private_bytes, reset_high_water_mark, return_freed_memory
-from linbench.measure.state import LONGEST_WALK_TOKENS, state_after, state_bytes
+from linbench.measure.state import state_after, state_bytes
+from linbench.mechanisms.base import extras_at
 from linbench.record import Memory
 
 
@@ -35,7 +36,7 @@ def measure_memory(call: Call, _output: Tensor, *, repeats: int = 3) -> Memory:
         method="torch.cuda.max_memory_allocated" if call.q.is_cuda else "VmHWM",
         increment_bytes=int(statistics.median(increments)),
         samples_bytes=increments,
-        inputs_bytes=tensors_bytes(call.q, call.k, call.v, *call.extras.values(), call.output_gradient),
+        inputs_bytes=_inputs_bytes(call),
         total_peak_bytes=_median(one.total for one in peaks),
         saved_for_backward_bytes=_median(saved),
         state_bytes=kept,
@@ -103,17 +104,28 @@ def _level(call: Call) -> int:
     return private_bytes()
 
 
+def _inputs_bytes(call: Call) -> int:
+    """Of the tensors that a call reads; for ``decode`` those of its token, and the state before it."""
+    if call.cell.pass_ != "decode":
+        return tensors_bytes(call.q, call.k, call.v, *call.extras.values(), call.output_gradient)
+    last = extras_at(call.extras, call.cell.length - 1)
+    token = (x[:, :, -1] for x in (call.q, call.k, call.v))
+    return tensors_bytes(*token, *last.values()) + state_bytes(call.state, _constants(call))
+
+
+def _constants(call: Call) -> list[Tensor]:
+    return [*call.mechanism.parameters(), *call.mechanism.buffers()]
+
+
 def _decoding_state(call: Call) -> tuple[int | None, int | None]:
     """Bytes of the state after the tokens that were walked, and their number; None where the mechanism has none."""
     if not call.mechanism.decodes:
         return None, None
-    tokens = min(call.k.shape[2], LONGEST_WALK_TOKENS)
     try:
-        state = state_after(call, tokens)
+        state, tokens = state_after(call)
     except UsageError:  # it decodes, but not with these settings
         return None, None
-    constants = [*call.mechanism.parameters(), *call.mechanism.buffers()]
-    return state_bytes(state, constants), tokens
+    return state_bytes(state, _constants(call)), tokens
 
 
 def _median(values: Iterable[int | None]) -> int | None:

@@ -10,47 +10,62 @@ import torch
 from torch import Tensor
 
 from linbench.measure.call import Call
-from linbench.mechanisms.base import extras_at
+from linbench.mechanisms.base import Mechanism
+from linbench.mechanisms.cores.cache import Cache, Ring
 
 LONGEST_WALK_TOKENS = 256
-"""A state is built token by token; longer sequences are not walked to their end."""
+"""Where a state is built token by token, longer sequences are not walked to their end."""
+LONGEST_PROMPT_TOKENS = 2**14
+"""Where it comes out of a prefill: a cache of many more tokens would only take memory."""
 
 
-def state_after(call: Call, tokens: int) -> Any:
-    """The state after the first ``tokens`` tokens of the call's inputs, for all B elements of its batch.
-
-    Every token is handed over as tensors of its own, so that a state that keeps them keeps no whole sequence alive.
-    """
+def state_after(call: Call) -> tuple[Any, int]:
+    """The state after the first tokens of the call's inputs, for all B elements of its batch, and their number."""
     mechanism = call.mechanism
-    state = mechanism.initial_state(call.q.shape[0], call.q.device, call.q.dtype)
+    walks = type(mechanism).prefill is Mechanism.prefill
+    tokens = min(call.k.shape[2], LONGEST_WALK_TOKENS if walks else LONGEST_PROMPT_TOKENS)
+    q, k, v = (x.detach()[:, :, :tokens] for x in (call.q, call.k, call.v))
+    extras = {name: x.detach()[:, :, :tokens] if x.ndim >= 3 else x.detach() for name, x in call.extras.items()}
     with torch.no_grad():
-        for token in range(tokens):
-            q, k, v = (x[:, :, token].clone() for x in (call.q, call.k, call.v))
-            extras = {name: x.clone() for name, x in extras_at(call.extras, token).items()}
-            _, state = mechanism.step(q, k, v, state, **extras)
-    return state
+        return mechanism.prefill(q, k, v, **extras)[1], tokens
 
 
 def state_bytes(state: Any, constants: Any = ()) -> int:
     """Bytes of the memory behind a state's tensors; what several of them share is counted once.
 
+    Of a cache only the rows that tokens have filled count: how much room it keeps for more is no property of the
+    mechanism.
+
     Args:
         state: tensors in dataclasses, tuples, lists, mappings and objects with attributes, nested as they are.
         constants: tensors that are there without the state, parameters and tables: their memory is not counted.
     """
-    storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(state)}
-    shared = {storage.data_ptr() for storage in _storages(constants)}
-    return sum(size for place, size in storages.items() if place not in shared)
+    shared = {place for place, _ in _places(constants)}
+    return sum(size for place, size in dict(_places(state)).items() if place not in shared)
 
 
-def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
+def _places(value: Any) -> Iterator[tuple[int, int]]:
+    """Address and bytes of the memory behind every tensor."""
     for tensor in _tensors(value, set()):
-        yield tensor.untyped_storage()
+        if isinstance(tensor, _Filled):
+            yield tensor.rows.data_ptr(), tensor.rows.nbytes
+        else:
+            yield tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+@dataclasses.dataclass(frozen=True)
+class _Filled:
+    """The rows of a buffer that tokens have filled."""
+
+    rows: Tensor
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor | _Filled]:
     if isinstance(value, Tensor):
         yield value
+        return
+    if isinstance(value, Cache | Ring):
+        yield from (_Filled(rows) for rows in value.held())
         return
     if id(value) in seen or isinstance(value, torch.nn.Module):
         return
