@@ -25,10 +25,10 @@ that are larger still are shared by many cores, none of which can fill them."""
 MOST_BYTES = 2**29
 MEMORY_SHARE = 1 / 4
 """Of what is available: no measurement of speed may push a machine into swapping."""
-COPY_BOX_S = 0.02
-PRODUCT_BOX_S = 0.01
+COPY_BOX_S = 0.01
+PRODUCT_BOX_S = 0.006
 """Seconds for the repeats of one size or shape; ``FEWEST_REPEATS`` are made however long they take."""
-FEWEST_REPEATS = 3
+FEWEST_REPEATS = 2
 SAMPLE_S = 1e-4
 """Shorter calls are timed several at once."""
 LONGEST_PRODUCT_S = 0.012

@@ -17,6 +17,7 @@ from linbench.measure.levels import return_freed_memory
 from linbench.measure.memory import _cuda_peaks, measure_memory
 from linbench.measure.state import state_bytes
 from linbench.mechanisms.base import Description, Geometry, Mechanism
+from linbench.mechanisms.softmax import Softmax
 from linbench.worker import prepare
 
 MIB = 2**20
@@ -147,9 +148,28 @@ def test_the_state_is_as_large_as_its_model_says(name: str, tokens: int) -> None
     assert memory.state_bytes == pytest.approx(2 * modelled, rel=0.01)
 
 
-def test_long_sequences_are_not_walked_to_their_end_for_their_state() -> None:
-    memory = measure_memory(decoding("softmax", 3000), torch.empty(0), repeats=1)
-    assert (memory.state_tokens, memory.state_bytes) == (256, 2 * 2 * 256 * (12 + 12) * 4)
+def test_long_sequences_are_not_walked_to_their_end_for_their_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure_memory(decoding("softmax", 3000), torch.empty(0), repeats=1)
+    assert (whole.state_tokens, whole.state_bytes) == (3000, 2 * 2 * 3000 * (12 + 12) * 4)
+    monkeypatch.setattr(Softmax, "prefill", Mechanism.prefill)
+    walked = measure_memory(decoding("softmax", 3000), torch.empty(0), repeats=1)
+    assert (walked.state_tokens, walked.state_bytes) == (256, 2 * 2 * 256 * (12 + 12) * 4)
+
+
+def test_a_decode_reads_its_token_and_the_state_before_it() -> None:
+    cell = Cell(
+        mechanism="softmax",
+        length=50,
+        batch=2,
+        heads=3,
+        head_dim=12,
+        value_dim=8,
+        causal=True,
+        pass_="decode",  # type: ignore[call-arg]
+    )
+    memory = measure_memory(prepare(cell), torch.empty(0), repeats=1)
+    assert memory.inputs_bytes == 4 * 2 * 3 * (12 + 12 + 8 + 49 * (12 + 8))
+    assert memory.increment_bytes < memory.inputs_bytes
 
 
 def test_what_does_not_decode_has_no_state() -> None:
