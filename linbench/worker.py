@@ -216,11 +216,15 @@ def _setup_flops(mechanism: Mechanism, cell: Cell) -> int:
 
 def _undecodable(mechanism: Mechanism, cell: Cell) -> str | None:
     """Why the cell's pass cannot go token by token, where it has to."""
-    if cell.pass_ not in ("prefill", "decode") or mechanism.decodes:
+    if cell.pass_ not in ("prefill", "decode"):
         return None
     if not cell.causal:
         return f"{cell.pass_} goes from token to token: it needs causal=true"
-    return f"{cell.mechanism} has no decoding step"
+    try:
+        mechanism.require_decoding()
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _settings(measures: dict[str, Measure]) -> object:

@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, fail if a section is not up to date")
     options = parser.parse_args()
     path = sorted(ROOT.glob("results/*/*-long_seq-*.jsonl"))[-1]
-    run, records = read(path)
+    run, records, *_ = read(path)
     readme = ROOT / "README.md"
     text = readme.read_text()
     wanted = section(text, "results", block(run, records, path))

@@ -12,7 +12,9 @@ from pydantic import BaseModel
 
 from linbench.record import (
     Check,
+    Conditions,
     Cost,
+    DeviceConditions,
     Environment,
     Error,
     Fit,
@@ -22,6 +24,7 @@ from linbench.record import (
     Peaks,
     Probe,
     Record,
+    Round,
     Run,
     Speed,
     Status,
@@ -98,7 +101,25 @@ def test_every_picture_and_file_that_the_documents_link_exists() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [Run, Environment, Peaks, Record, Cost, Check, Speed, Memory, Error, Fit, Structure, Kernel, Frontier, Probe],
+    [
+        Run,
+        Environment,
+        Peaks,
+        Record,
+        Round,
+        Cost,
+        Check,
+        Speed,
+        Conditions,
+        DeviceConditions,
+        Memory,
+        Error,
+        Fit,
+        Structure,
+        Kernel,
+        Frontier,
+        Probe,
+    ],
 )
 def test_every_field_of_a_record_is_defined(model: type[BaseModel]) -> None:
     text = (ROOT / "results" / "README.md").read_text()

@@ -12,7 +12,7 @@ from linbench.config import Config
 from linbench.plan import Rates
 from linbench.record import Cost, Environment, Peaks, Record, Speed, Status
 from linbench.roofline import copy_rate, impossible_below_ms, product_rate, roofline
-from linbench.sweep import Plan, _request
+from linbench.sweep import Plan, request_for
 
 KIB, MIB = 2**10, 2**20
 
@@ -207,5 +207,5 @@ def test_the_plan_takes_its_rates_from_the_peaks() -> None:
 
 def test_a_cell_is_sent_with_the_peaks_of_its_device() -> None:
     plan = Plan([], {}, environment({"cpu": peaks()}), {}, cast(Config, None), memory_limit_bytes=2**30)
-    assert _request(Cell(mechanism="x", length=7), plan).peaks == peaks()
-    assert _request(Cell(mechanism="x", length=7, device="cuda"), plan).peaks is None
+    assert request_for(Cell(mechanism="x", length=7), plan).peaks == peaks()
+    assert request_for(Cell(mechanism="x", length=7, device="cuda"), plan).peaks is None

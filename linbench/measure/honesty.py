@@ -58,7 +58,7 @@ def _sums(call: Call) -> list[float]:
 def _flip(call: Call) -> None:
     with torch.no_grad():
         call.v.neg_()
-        if call.cell.pass_ == "decode":  # of a long past, one value more or less may vanish in rounding
+        if call.cell.pass_ == "decode" and call.cell.length > 1:  # one value of many may vanish in rounding
             call.q.neg_()
         if call.output_gradient is not None:
             call.output_gradient.neg_()

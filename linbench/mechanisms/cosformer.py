@@ -62,6 +62,12 @@ class CosFormer(AdditiveState):
         """Only with M fixed."""
         return super().decodes and self.max_length is not None
 
+    def require_decoding(self) -> None:
+        """Says what is missing."""
+        if self.causal and self.max_length is None:
+            raise UsageError("cosformer decodes only with max_length set: all weights depend on it")
+        super().require_decoding()
+
     @property
     def pair_width(self) -> int:
         """The cosine multiplies products of width D."""
@@ -100,8 +106,7 @@ class CosFormer(AdditiveState):
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
         """The sums, and the position of the next token."""
-        if self.max_length is None:
-            raise UsageError("cosformer decodes only with max_length set: all weights depend on it")
+        self.require_decoding()
         return super().initial_state(batch, device, dtype), 0
 
     @torch.no_grad()
