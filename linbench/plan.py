@@ -155,6 +155,8 @@ def inputs_bytes(cell: Cell) -> int:
 SUSTAINED_SHARE = 0.4
 """Share of the rates that a real mechanism reaches; the estimates are for planning only."""
 STARTUP_S = 0.3
+FRESH_PROCESS_S = 4.0
+"""An interpreter that imports everything, where a cell's process is forked from one that has."""
 SEQUENTIAL_STEP_S = 1.5e-4
 """One token of a reference that walks them: a handful of small operations."""
 WARMUP_CALLS = 3
@@ -188,6 +190,9 @@ def estimate_seconds(cell: Cell, prospect: Prospect, rates: Rates, measures: dic
     if (structure := measures.get("structure")) is not None:
         probes = cell.length / cell.value_dim if float(structure.get("map_rows") or 0) else 0
         seconds += probes * call + cell.length * wide / (rates.flops_per_s / 4)
+    if (cold := measures.get("cold_start")) is not None:
+        processes, calls = float(cold.get("repeats") or 3), 1 + float(cold.get("steady_calls") or 5)
+        seconds += processes * (FRESH_PROCESS_S + calls * call)
     if (fit := measures.get("fit")) is not None:
         forward = prospect.cost.flops / (1 if cell.pass_ == "forward" else 3) / rates.flops_per_s
         exact = cell.length * wide / rates.flops_per_s

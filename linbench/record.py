@@ -287,6 +287,30 @@ class Kernel(Block):
     """Its closed form for independent Gaussian rows, mean over the same pairs."""
 
 
+class ColdStart(Block):
+    """Stages of fresh interpreters on their way to a steady call: one number for each process, in their order."""
+
+    interpreter_ms: list[float]
+    """From the start of the process to the first line that it runs."""
+    import_torch_ms: list[float]
+    import_mechanism_ms: list[float]
+    """After torch: the mechanism's module, and what of linbench it needs."""
+    device_ms: list[float] | None = None
+    """The device's context and a first allocation; null on the CPU."""
+    build_ms: list[float]
+    """The mechanism with its parameters, on the device."""
+    first_call_ms: list[float]
+    """One call of the pass. The inputs are there already; drawing them is in no stage."""
+    steady_calls_ms: list[list[float]]
+    """The calls after it, in order."""
+    compile_ms: list[float]
+    """What the first call takes longer than the median of those: compilation, first touches; below 0 by noise only."""
+    autotune_ms: list[float] | None = None
+    """The part of it in which Triton's autotuners tried configurations; null where a process tuned nothing."""
+    compiler_cache: list[Literal["empty", "filled"]] | None = None
+    """Whether the compilers' caches on disk held anything before the first call; null where nothing compiles."""
+
+
 class Record(Block):
     """What became of a cell: a status, the reason where it is not ``ok``, and the blocks that this status allows."""
 
@@ -317,6 +341,7 @@ class Record(Block):
     fit: Fit | None = None
     structure: Structure | None = None
     kernel: Kernel | None = None
+    cold_start: ColdStart | None = None
 
     @model_validator(mode="after")
     def _status_decides_blocks(self) -> Record:
@@ -326,7 +351,7 @@ class Record(Block):
             raise ValueError(f"a record with status {self.status} needs a check that passed")
         if self.status is Status.INCORRECT and (self.check is None or self.check.passed):
             raise ValueError("a record with status incorrect needs a check that failed")
-        measured = (self.speed, self.memory, self.error, self.fit, self.structure, self.kernel)
+        measured = (self.speed, self.memory, self.error, self.fit, self.structure, self.kernel, self.cold_start)
         if self.status not in MEASURED and any(measured):
             raise ValueError(f"a record with status {self.status} cannot carry a measurement")
         return self

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from linbench.record import (
     Check,
+    ColdStart,
     Cost,
     Environment,
     Error,
@@ -96,7 +97,8 @@ def test_every_picture_and_file_that_the_documents_link_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [Run, Environment, Record, Cost, Check, Speed, Memory, Error, Fit, Structure, Kernel, Frontier, Probe]
+    "model",
+    [Run, Environment, Record, Cost, Check, Speed, Memory, Error, Fit, Structure, Kernel, ColdStart, Frontier, Probe],
 )
 def test_every_field_of_a_record_is_defined(model: type[BaseModel]) -> None:
     text = (ROOT / "results" / "README.md").read_text()

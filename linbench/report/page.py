@@ -26,11 +26,18 @@ from linbench.report.league import make_leagues
 from linbench.report.papers import paper_sections
 from linbench.report.points import make_points
 from linbench.report.provenance import make_provenance
-from linbench.report.sections import fit_section, kept_section, map_section, rank_section, target_section
+from linbench.report.sections import (
+    cold_start_section,
+    fit_section,
+    kept_section,
+    map_section,
+    rank_section,
+    target_section,
+)
 from linbench.report.style import DARK, VARIABLES
 
 FIGURES = "figures"
-SECTIONS = (growth_section, kept_section, target_section, fit_section, rank_section, map_section)
+SECTIONS = (growth_section, kept_section, target_section, fit_section, rank_section, map_section, cold_start_section)
 SLUGS = ("latency", "memory", "error", "pareto", "crossover")
 
 
