@@ -80,7 +80,7 @@ def _content(
     longest = frontier_section(frontiers, runs)
     content = {
         "title": title,
-        "summary": summary(points, records),
+        "summary": summary(points, records) if records or not frontiers else _searched(frontiers),
         "shapes": sorted({setting.shape for setting in points.settings}),
         "answers": make_answers(points, crossings, look.names),
         "superseded": len(points.superseded),
@@ -99,6 +99,10 @@ def _content(
         "definitions": DEFINITIONS,
     }
     return content, charts
+
+
+def _searched(frontiers: Sequence[Frontier]) -> str:
+    return f"{len(frontiers)} series, searched for the longest sequence that fits; no cell was measured."
 
 
 def _environment(**options: Any) -> Environment:
