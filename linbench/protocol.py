@@ -6,8 +6,21 @@ from pydantic import BaseModel, Field
 
 from linbench.cell import Cell, Scalar
 from linbench.conformance.finding import Finding
-from linbench.plan import Prospect, Rates
-from linbench.record import Block, Check, Environment, Error, Fit, Kernel, Memory, Peaks, Speed, Status, Structure
+from linbench.prospect import Prospect, Rates
+from linbench.record import (
+    Block,
+    Check,
+    ColdStart,
+    Environment,
+    Error,
+    Fit,
+    Kernel,
+    Memory,
+    Peaks,
+    Speed,
+    Status,
+    Structure,
+)
 
 
 class Measure(BaseModel):
@@ -41,6 +54,7 @@ class Outcome(Block):
     fit: Fit | None = None
     structure: Structure | None = None
     kernel: Kernel | None = None
+    cold_start: ColdStart | None = None
 
 
 class ForeseeRequest(BaseModel):

@@ -10,7 +10,8 @@ from linbench.cell import Cell
 from linbench.config import Config
 from linbench.environment import available_memory_bytes, default_threads
 from linbench.errors import UsageError
-from linbench.plan import Prospect, Step, expand, foresee
+from linbench.plan import Step, expand, foresee
+from linbench.prospect import Prospect
 from linbench.protocol import ForeseeRequest, Measure, MeasureRequest, SurveyRequest
 from linbench.record import Environment, Record, Status
 from linbench.runner import Runner

@@ -257,10 +257,11 @@ def test_flags_behave_as_hydra_users_expect(tmp_path: Path, words: tuple[str, ..
     ("typed", "expected"),
     [
         ("linbench ru", ["run"]),
-        ("linbench ", ["run", "plan", "check", "capture", "report", "list", "doctor"]),
+        ("linbench ", ["run", "plan", "frontier", "check", "capture", "report", "list", "doctor"]),
         ("linbench run +sweep=lo", ["+sweep=long_seq"]),
         ("linbench plan mechanism=perf", ["mechanism=performer"]),
         ("linbench run dty", ["dtype="]),
+        ("linbench frontier frontier.la", ["frontier.largest="]),
     ],
 )
 def test_completion_knows_verbs_and_choices(tmp_path: Path, typed: str, expected: list[str]) -> None:
@@ -292,7 +293,7 @@ def test_the_completion_script_can_be_installed(tmp_path: Path) -> None:
         (("run", "mechanism=linear", "mechanism.performer.features=3"), ["performer is not among the chosen"]),
         (("run", "--config-dir", "/nowhere"), ["/nowhere"]),
         (("run", "--config-dir"), ["--config-dir needs a value"]),
-        (("frobnicate",), ["unknown verb 'frobnicate'", "run, plan, check, capture, report"]),
+        (("frobnicate",), ["unknown verb 'frobnicate'", "run, plan, frontier, check, capture, report"]),
         (("report", "nowhere"), ["nowhere does not exist"]),
         (("list", "foo"), ["foo", "mechanisms", "sweeps"]),
         (("doctor", "--fast"), ["--fast"]),

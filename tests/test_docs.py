@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from linbench.record import (
     Check,
+    ColdStart,
     Conditions,
     Cost,
     DeviceConditions,
@@ -117,6 +118,7 @@ def test_every_picture_and_file_that_the_documents_link_exists() -> None:
         Fit,
         Structure,
         Kernel,
+        ColdStart,
         Frontier,
         Probe,
     ],

@@ -12,7 +12,8 @@ from linbench import execution
 from linbench.cell import Cell
 from linbench.config import Axes, Choice, Config, Shard
 from linbench.execution import IN_VAIN, execute, in_order
-from linbench.plan import Prospect, Skip, Step
+from linbench.plan import Skip, Step
+from linbench.prospect import Prospect
 from linbench.protocol import Measure, MeasureRequest, Outcome
 from linbench.record import Check, Environment, Record, Round, Speed, Status
 from linbench.runner import Runner

@@ -6,9 +6,10 @@ import pytest
 
 from linbench import registry
 from linbench.cell import Cell, Pass, Scalar
+from linbench.foresight import foresee
 from linbench.protocol import ForeseeRequest, Measure, MeasureRequest
 from linbench.record import Status
-from linbench.worker import foresee, measure
+from linbench.worker import measure
 
 SHORTEST: dict[str, Scalar] = {"budget_s": 0.0, "min_samples": 10, "max_samples": 10}
 

@@ -9,7 +9,9 @@ import pytest
 
 from linbench.cell import Cell
 from linbench.config import Axes, Choice, Config, Shard
-from linbench.plan import Prospect, Rates, Skip, Step, backstop, estimate_seconds, expand, foresee, inputs_bytes
+from linbench.estimate import estimate_seconds
+from linbench.plan import Skip, Step, backstop, expand, foresee, inputs_bytes
+from linbench.prospect import Prospect, Rates
 from linbench.record import Cost, Status
 
 

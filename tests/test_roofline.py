@@ -9,7 +9,7 @@ import pytest
 
 from linbench.cell import Cell
 from linbench.config import Config
-from linbench.plan import Rates
+from linbench.prospect import Rates
 from linbench.record import Cost, Environment, Peaks, Record, Speed, Status
 from linbench.roofline import copy_rate, impossible_below_ms, product_rate, roofline
 from linbench.sweep import Plan, request_for

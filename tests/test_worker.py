@@ -8,6 +8,7 @@ import torch
 from linbench import worker
 from linbench.cell import Cell
 from linbench.errors import UsageError
+from linbench.foresight import foresee
 from linbench.measure.error import UndefinedError
 from linbench.protocol import ForeseeRequest, Measure, MeasureRequest, Outcome, SurveyRequest
 from linbench.record import Peaks, Status
@@ -102,21 +103,21 @@ def test_values_that_are_all_zero_have_no_error_and_say_so(monkeypatch: pytest.M
 def test_the_code_hash_covers_what_runs_and_nothing_else(changed: dict[str, object], same: bool) -> None:
     changed_cell = cell().model_copy(update=changed)
     request = ForeseeRequest(cells=[cell(), changed_cell], measures={"error": ERROR}, threads=1)
-    first, second = worker.foresee(request).prospects
+    first, second = foresee(request).prospects
     assert (first.code == second.code) is same
 
 
 def test_other_threads_or_measures_are_other_numbers() -> None:
     def code(**changes: object) -> str:
         base = {"cells": [cell()], "measures": {"error": ERROR}, "threads": 1}
-        return worker.foresee(ForeseeRequest(**(base | changes))).prospects[0].code  # type: ignore[arg-type]
+        return foresee(ForeseeRequest(**(base | changes))).prospects[0].code  # type: ignore[arg-type]
 
     assert len({code(), code(threads=2), code(measures={"speed": SPEED})}) == 3
 
 
 def test_the_prospect_says_what_a_cell_costs_and_why_it_cannot_run() -> None:
     cells = [cell(), cell(implementation="triton"), cell().model_copy(update={"mechanism": "nothing"})]
-    good, lacking, unknown = worker.foresee(ForeseeRequest(cells=cells, measures={}, threads=1)).prospects
+    good, lacking, unknown = foresee(ForeseeRequest(cells=cells, measures={}, threads=1)).prospects
     assert good.cost is not None
     assert good.cost.flops > 0
     assert "only reference, torch" in (lacking.unsupported or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -22,6 +23,7 @@ def records_frame(records: Sequence[Record], runs: Sequence[Run]) -> pd.DataFram
         | _roofline(record, environments.get(record.run))
         | _memory(record)
         | _error(record)
+        | _cold_start(record)
         for record in records
     ]
     return pd.DataFrame(rows)
@@ -95,3 +97,12 @@ def _error(record: Record) -> dict[str, Any]:
     low, high = (record.error.relative_error_interval if record.error else None) or (None, None)
     values = {name: getattr(record.error, name) if record.error else None for name in names}
     return values | {"relative_error_low": low, "relative_error_high": high}
+
+
+def _cold_start(record: Record) -> dict[str, Any]:
+    """Medians over the processes."""
+    block = record.cold_start
+    stages = ("interpreter", "import_torch", "import_mechanism", "device", "build", "first_call", "compile", "autotune")
+    found = {name: getattr(block, f"{name}_ms") if block else None for name in stages}
+    found["steady_call"] = [value for calls in block.steady_calls_ms for value in calls] if block else None
+    return {f"cold_start_{name}_ms": median(values) if values else None for name, values in found.items()}

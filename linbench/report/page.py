@@ -27,11 +27,27 @@ from linbench.report.papers import paper_sections
 from linbench.report.points import make_points
 from linbench.report.provenance import make_provenance
 from linbench.report.rounds import rounds_section
-from linbench.report.sections import fit_section, kept_section, map_section, rank_section, target_section
+from linbench.report.sections import (
+    cold_start_section,
+    fit_section,
+    kept_section,
+    map_section,
+    rank_section,
+    target_section,
+)
 from linbench.report.style import DARK, VARIABLES
 
 FIGURES = "figures"
-SECTIONS = (growth_section, kept_section, target_section, fit_section, rank_section, map_section, rounds_section)
+SECTIONS = (
+    growth_section,
+    kept_section,
+    target_section,
+    fit_section,
+    rank_section,
+    map_section,
+    cold_start_section,
+    rounds_section,
+)
 SLUGS = ("latency", "memory", "error", "pareto", "crossover")
 
 
@@ -76,7 +92,7 @@ def _content(
     rooflines = has_rooflines(leagues)
     content = {
         "title": title,
-        "summary": summary(points, records),
+        "summary": summary(points, records) if records or not frontiers else _searched(frontiers),
         "shapes": sorted({setting.shape for setting in points.settings}),
         "answers": make_answers(points, crossings, look.names),
         "superseded": len(points.superseded),
@@ -96,6 +112,10 @@ def _content(
         "definitions": [*DEFINITIONS, ROOFLINE] if rooflines else DEFINITIONS,
     }
     return content, charts
+
+
+def _searched(frontiers: Sequence[Frontier]) -> str:
+    return f"{len(frontiers)} series, searched for the longest sequence that fits; no cell was measured."
 
 
 def _environment(**options: Any) -> Environment:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TypeVar
 
-from linbench.record import Block, Error, Fit, Memory, Record, Structure
-from linbench.report.names import setting_names, variant_names
-from linbench.report.points import Point, Points
-from linbench.report.units import MISSING, error, size, skill, tokens
+from linbench.record import Block, ColdStart, Error, Fit, Memory, Record, Structure
+from linbench.report.names import series_names, setting_names, variant_names
+from linbench.report.points import Point, Points, Series
+from linbench.report.units import MISSING, error, milliseconds, size, skill, tokens
 
 Kind = TypeVar("Kind", bound=Block)
 
@@ -144,7 +145,7 @@ def kept_section(points: Points) -> Section | None:
         return told
 
     columns = ["Memory", "Saved for backward", "Decoding state", "Peak in all", "Reserved", "Driver"]
-    grids = _grids(points, lambda record: record.memory, row, columns)
+    grids = _grids(points, lambda record: record.memory, row, columns, series_names)
     notes = [
         "“Memory” is the rise of one call above the level before it, “saved for backward” what stays allocated after a "
         "forward beyond its output, “decoding state” what the next token needs of those before it, after as many "
@@ -154,14 +155,40 @@ def kept_section(points: Points) -> Section | None:
     return Section("kept", "Memory that is kept", notes, grids) if grids else None
 
 
+def cold_start_section(points: Points) -> Section | None:
+    """The stages of a fresh process up to a steady call."""
+
+    def row(block: ColdStart) -> list[str]:
+        steady = [value for calls in block.steady_calls_ms for value in calls]
+        before = (block.interpreter_ms, block.import_torch_ms, block.import_mechanism_ms, block.device_ms)
+        stages = (*before, block.build_ms, block.first_call_ms, steady, block.compile_ms, block.autotune_ms)
+        told = [MISSING if values is None else milliseconds(median(values)) for values in stages]
+        cache = MISSING if block.compiler_cache is None else ", ".join(block.compiler_cache)
+        return [*told, cache, str(len(block.first_call_ms))]
+
+    columns = ["Interpreter", "Import torch", "Import mechanism", "Device", "Build", "First call", "Steady call"]
+    columns += ["Compile", "Autotune", "Compiler cache", "Processes"]
+    grids = _grids(points, lambda record: record.cold_start, row, columns, series_names)
+    notes = [
+        "Medians over fresh processes. “Interpreter” is the time to the first line that runs, “import mechanism” that "
+        "of its module after torch, “compile” what the first call takes longer than a steady one of the same process. "
+        "The operating system, and the compiler where there is one, keep caches between processes."
+    ]
+    return Section("cold-start", "Cold start", notes, grids) if grids else None
+
+
 def _grids(
     points: Points,
     block: Callable[[Record], Kind | None],
     row: Callable[[Kind], list[str]],
     columns: list[str],
+    naming: Callable[[Sequence[Series]], dict[Series, str]] = variant_names,
 ) -> list[Grid]:
-    """One grid for each setting, family of inputs and length in which some record has the block."""
-    names, settings = variant_names(points.series), setting_names(points.settings)
+    """One grid for each setting, family of inputs and length in which some record has the block.
+
+    ``naming`` is :func:`series_names` for numbers that depend on the implementation.
+    """
+    names, settings = naming(points.series), setting_names(points.settings)
     grouped: dict[tuple[int, str, int], list[Point]] = {}
     for point in points.by_inputs:
         key = (points.settings.index(point.setting), point.inputs or "", point.length)

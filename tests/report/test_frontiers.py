@@ -49,3 +49,5 @@ def test_there_is_no_section_without_frontiers_and_one_in_both_forms_with_them(r
         assert path.read_text().count("Longest sequence that fits") >= 1
     only = write_report([], [run()], tmp_path, "title", LINES)
     assert "4 of 100 series" in only.read_text()
+    assert "4 series, searched for the longest" in only.read_text()
+    assert "League tables" not in only.read_text()

@@ -4,13 +4,20 @@ import math
 
 import pytest
 
-from linbench.record import AttentionMap, Cost, Fit, Kernel, Structure
+from linbench.record import AttentionMap, ColdStart, Cost, Fit, Kernel, Structure
 from linbench.report import write_report
 from linbench.report.frame import records_frame
 from linbench.report.growth import claimed_exponent, fitted_exponent, growth_section
 from linbench.report.papers import PAPERS, paper_sections
 from linbench.report.points import make_points
-from linbench.report.sections import fit_section, kept_section, map_section, rank_section, target_section
+from linbench.report.sections import (
+    cold_start_section,
+    fit_section,
+    kept_section,
+    map_section,
+    rank_section,
+    target_section,
+)
 
 FIT = Fit(
     protocol=2, steps=3, selected_step=2, learning_rate=0.1, parameters=1234, own_parameters=5,
@@ -85,6 +92,22 @@ def test_memory_that_is_kept_stands_beside_that_of_a_call(record):
     frame = records_frame([plain, full], [])
     assert frame["memory_saved_for_backward_bytes"].tolist()[1] == 3 * 2**20
     assert frame["memory_state_tokens"].isna().tolist() == [True, False]
+
+
+def test_stages_of_a_cold_start_are_medians_over_its_processes(record):
+    plain = record("linear", 64)
+    assert cold_start_section(points([plain])) is None
+    block = ColdStart(
+        interpreter_ms=[9, 20, 30], import_torch_ms=[900, 1000, 5000], import_mechanism_ms=[1, 2, 3],
+        build_ms=[4, 5, 6], first_call_ms=[70, 80, 90], steady_calls_ms=[[8, 1], [9, 1], [7, 30]],
+        compile_ms=[65, 75, 71], compiler_cache=["empty", "filled", "filled"],
+    )  # fmt: skip
+    full = plain.model_copy(update={"cold_start": block})
+    row = ["20.0 ms", "1.00 s", "2.00 ms", "–", "5.00 ms", "80.0 ms", "7.50 ms", "71.0 ms", "–"]
+    assert cold_start_section(points([full])).grids[0].rows == [["linear", *row, "empty, filled, filled", "3"]]
+    frame = records_frame([plain, full], [])
+    assert frame["cold_start_steady_call_ms"].tolist()[1] == 7.5
+    assert frame["cold_start_first_call_ms"].isna().tolist() == [True, False]
 
 
 def test_maps_stand_beside_those_of_softmax_and_reasons_below_them(record):

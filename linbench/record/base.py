@@ -1,0 +1,32 @@
+"""What every block and line of a record is made of: its status, and a model that takes no NaN and no unknown field."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 4
+
+
+class Status(StrEnum):
+    """What became of a cell. Only ``ok`` and ``noisy`` carry measurements."""
+
+    OK = "ok"
+    NOISY = "noisy"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    UNSUPPORTED = "unsupported"
+    COMPILE_ERROR = "compile_error"
+    INCORRECT = "incorrect"
+    CRASH = "crash"
+    IMPOSSIBLE = "impossible"
+
+
+MEASURED = frozenset({Status.OK, Status.NOISY})
+
+
+class Block(BaseModel):
+    """A part of a record: no unknown fields, no NaN, no infinity."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, use_attribute_docstrings=True)
