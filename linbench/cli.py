@@ -269,7 +269,7 @@ def _stopped(command: str) -> int:
 def _tally(records: Sequence[Record]) -> str:
     counts: dict[str, int] = {}
     for record in records:
-        counts[str(record.status)] = counts.get(str(record.status), 0) + 1
+        counts[str(record.best_status)] = counts.get(str(record.best_status), 0) + 1
     parts = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
     return f"{len(records)} cells: {parts}"
 

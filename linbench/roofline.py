@@ -8,7 +8,6 @@ own cost model, the least that an ideal implementation has to do. Pure: records 
 from __future__ import annotations
 
 import math
-from statistics import median
 from typing import Literal, NamedTuple
 
 from linbench.cell import Cell
@@ -45,7 +44,7 @@ def roofline(record: Record, environment: Environment | None) -> Roofline | None
     floor_ms = max(arithmetic_ms, bytes_ms)
     if floor_ms == 0:  # a cost model that claims no work at all says nothing
         return None
-    share = floor_ms / median(record.speed.samples_ms) if record.speed else None
+    share = floor_ms / record.latency_ms if record.latency_ms else None
     return Roofline(floor_ms, "flops" if arithmetic_ms >= bytes_ms else "bytes", share)
 
 

@@ -37,6 +37,8 @@ def raw(**changes: Any) -> dict[str, Any]:
         "time_limit_s": 60,
         "results_dir": "results",
         "resume": True,
+        "rounds": 3,
+        "retries": 2,
         "shard": {"index": 0, "count": 1},
     }
     return base | changes

@@ -86,7 +86,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     with RunFile(tmp_path, run()) as results:
         for line in written:
             results.append(line)
-    assert read(results.path) == (run(), written, [])
+    assert read(results.path) == (run(), written, [], [])
 
 
 def again(index: int = 1, time: str = "2026-01-01T00:01:00+00:00", **changes: Any) -> Round:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -102,6 +103,12 @@ class Record(Block):
         every = [(self.status, (self.run, 0), self.speed)]
         every += [(again.status, (again.run, again.index), again.speed) for again in self.rounds]
         return {server: speed for status, server, speed in every if speed and status is self.best_status}
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Median over rounds of the median of a round's samples; None without a time."""
+        medians = [median(speed.samples_ms) for speed in self.timings.values()]
+        return median(medians) if medians else None
 
     @model_validator(mode="after")
     def _status_decides_blocks(self) -> Record:

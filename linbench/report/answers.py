@@ -29,7 +29,7 @@ class Answer:
 
 def summary(points: Points, records: Sequence[Record]) -> str:
     """How much there is in the report, with every status counted."""
-    statuses = Counter(record.status for record in records)
+    statuses = Counter(record.best_status for record in records)
     counted = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in statuses.most_common())
     lengths = sorted({point.length for point in points.pooled})
     if not lengths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from linbench.report.points import Series, Setting, inputs_of, series_of, settin
 from linbench.report.units import tokens
 
 MEANINGS = {
-    Status.NOISY: "measured, but the interval stayed too wide",
+    Status.NOISY: "timed while something disturbed it, in every attempt",
     Status.OOM: "out of memory",
     Status.TIMEOUT: "past the time limit",
     Status.UNSUPPORTED: "not supported",
@@ -40,14 +41,20 @@ def make_failures(records: Sequence[Record], runs: Sequence[Run]) -> list[Failur
     machines = {run.run: run.environment.machine for run in runs}
     grouped: dict[tuple[Status, str], list[Record]] = defaultdict(list)
     for record in records:
-        if record.status is not Status.OK:
-            grouped[record.status, record.reason or ""].append(record)
+        if record.best_status is not Status.OK:
+            grouped[record.status, _alike(record)].append(record)
     rank = {status: index for index, status in enumerate(Status)}
     ordered = sorted(grouped.items(), key=lambda item: (rank[item[0][0]], -len(item[1]), item[0][1]))
     return [
         Failure(status.replace("_", " "), MEANINGS[status], reason, len(group), _where(group, machines))
         for (status, reason), group in ordered
     ]
+
+
+def _alike(record: Record) -> str:
+    """The reason, the same for all cells that others disturbed: how much they did differs from cell to cell."""
+    reason = record.reason or ""
+    return re.sub(r"kept [\d.]+ cores busy", "kept cores busy", reason) if record.status is Status.NOISY else reason
 
 
 def _where(records: list[Record], machines: dict[str, str]) -> list[str]:

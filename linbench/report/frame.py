@@ -11,7 +11,7 @@ import pandas as pd
 from linbench.record import Environment, Record, Run
 from linbench.report.points import inputs_of, series_of
 from linbench.roofline import roofline
-from linbench.stats import median_interval
+from linbench.stats import pooled_median
 
 
 def records_frame(records: Sequence[Record], runs: Sequence[Run]) -> pd.DataFrame:
@@ -50,7 +50,7 @@ def _identity(record: Record, environment: Environment | None) -> dict[str, Any]
         "pass": cell.pass_,
         "inputs": inputs_of(cell),
         "seed": cell.seed,
-        "status": str(record.status),
+        "status": str(record.best_status),
         "reason": record.reason,
     }
 
@@ -58,10 +58,11 @@ def _identity(record: Record, environment: Environment | None) -> dict[str, Any]
 def _speed(record: Record) -> dict[str, Any]:
     names = ("latency_ms", "latency_low_ms", "latency_high_ms", "latency_min_ms", "latency_coverage", "samples")
     if record.speed is None:
-        return dict.fromkeys((*names, "stop", "threads", "foreign_cpu_cores"))
-    estimate = median_interval(record.speed.samples_ms)
+        return dict.fromkeys((*names, "rounds", "stop", "threads", "foreign_cpu_cores"))
+    estimate = pooled_median([speed.samples_ms for speed in record.timings.values()])
     values = (estimate.value, estimate.low, estimate.high, estimate.minimum, estimate.coverage, estimate.count)
     return dict(zip(names, values, strict=True)) | {
+        "rounds": len(record.timings),
         "stop": record.speed.stop,
         "threads": record.speed.threads,
         "foreign_cpu_cores": record.speed.foreign_cpu_cores,

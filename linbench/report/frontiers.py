@@ -10,7 +10,7 @@ from linbench.report.points import Series, Setting, inputs_of, series_of, settin
 from linbench.report.sections import Grid, Section
 from linbench.report.units import MISSING, size, tokens
 
-COLUMNS = ["Mechanism", "Fits", "Does not", "What stopped it", "Memory limit", "Time limit", "Peak at the longest"]
+COLUMNS = ["Mechanism", "Fits", "Does not", "Peak at the longest", "Memory limit", "Time limit", "What stopped it"]
 NOTES = [
     "Each length was tried in a process of its own, which draws the inputs and calls the pass once: nothing is checked "
     "or timed. “Fits” is the longest length that ended within both limits, “does not” the shortest that did not; no "
@@ -41,10 +41,10 @@ def _cells(line: Frontier) -> list[str]:
     return [
         MISSING if fits is None else tokens(fits),
         MISSING if fails is None else tokens(fails),
-        _ending(line),
+        MISSING if peak is None else size(peak),
         MISSING if line.memory_limit_bytes is None else size(line.memory_limit_bytes),
         f"{line.time_limit_s:g} s",
-        MISSING if peak is None else size(peak),
+        _ending(line),
     ]
 
 

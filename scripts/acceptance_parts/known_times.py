@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 from acceptance_parts.finding import Claim, Part, at_most, sweep
-from linbench.record import Record
 
 BUSY_MS = (1.0, 3.0, 10.0, 30.0)
 ASLEEP_MS = (10.0, 30.0, 100.0)
@@ -21,7 +18,7 @@ def measure() -> Part:
         target = f"mechanism._target_=acceptance_mechanisms.{name.capitalize()}"
         values = ",".join(f"{value:g}" for value in (0.0, *known_ms))
         done = sweep("mechanism=[]", target, f"mechanism.{name}.milliseconds=[{values}]", *shape)
-        times = {record.cell.hyperparameters["milliseconds"]: latency_ms(record) for record in done.records}
+        times = {record.cell.hyperparameters["milliseconds"]: record.latency_ms or 0.0 for record in done.records}
         commands.append(done.command)
         details[f"{name}_ms"] = {f"{known}": time for known, time in times.items()}
         claims += [_claim(how, known, times[known] - times[0.0]) for known in known_ms]
@@ -39,8 +36,3 @@ def measure() -> Part:
 def _claim(how: str, known: float, found: float) -> Claim:
     off = abs(found - known) / known
     return at_most(f"{known:g} ms {how} are found within {BOUND:.0%}", off, BOUND, note=f"{found:.4f} ms")
-
-
-def latency_ms(record: Record) -> float:
-    """Median over rounds of the median of a round."""
-    return median(median(speed.samples_ms) for speed in record.timings.values())

@@ -33,12 +33,12 @@ def test_the_longest_comes_first_with_its_bracket_and_what_stopped_it(run):
         "cpu, float32, causal, forward, gaussian inputs",
     )
     assert full.rows == [
-        ["linear · torch", "1M", "2M", "oom: full", "1 GiB", "20 s", "3 MiB"],
-        ["softmax · torch", "2k", "2,304", "timeout: full", "1 GiB", "20 s", "3 MiB"],
+        ["linear · torch", "1M", "2M", "3 MiB", "1 GiB", "20 s", "oom: full"],
+        ["softmax · torch", "2k", "2,304", "3 MiB", "1 GiB", "20 s", "timeout: full"],
     ]
     assert causal.rows == [
-        ["hyena · torch", "128k", "–", "unsupported: a cap", "1 GiB", "20 s", "3 MiB"],
-        ["mesa · torch", "–", "1", "crash: full (the search was interrupted)", "–", "20 s", "–"],
+        ["hyena · torch", "128k", "–", "3 MiB", "1 GiB", "20 s", "unsupported: a cap"],
+        ["mesa · torch", "–", "1", "–", "–", "20 s", "crash: full (the search was interrupted)"],
     ]
 
 
