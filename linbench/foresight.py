@@ -81,6 +81,9 @@ def _undecodable(mechanism: Mechanism, cell: Cell) -> str | None:
         mechanism.require_decoding()
     except UsageError as error:
         return str(error)
+    generates = "torch" if "torch" in mechanism.implementations() else cell.implementation
+    if cell.implementation != generates:
+        return f"{cell.mechanism} has one way to {cell.pass_}, implementation={generates}"
     return None
 
 

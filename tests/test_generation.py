@@ -61,6 +61,13 @@ def test_what_cannot_decode_says_why(name: str, causal: bool, told: str) -> None
     assert told in (prospect.unsupported or "")
 
 
+@pytest.mark.parametrize("pass_", ["prefill", "decode"])
+def test_no_other_implementation_is_given_the_time_of_the_only_one(pass_: Pass) -> None:
+    cell = causal_cell("softmax", 70, pass_).model_copy(update={"implementation": "reference"})
+    (prospect,) = foresee(ForeseeRequest(cells=[cell], measures={}, threads=1)).prospects
+    assert prospect.unsupported == f"softmax has one way to {pass_}, implementation=torch"
+
+
 def test_a_decode_costs_what_a_step_does_and_its_prompt_comes_on_top() -> None:
     cells = [causal_cell("softmax", 4096, one) for one in ("decode", "prefill")]  # type: ignore[arg-type]
     decode, prefill = foresee(ForeseeRequest(cells=cells, measures={}, threads=1)).prospects
