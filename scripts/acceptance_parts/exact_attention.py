@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from acceptance_parts.finding import Part, at_most, sweep
+from acceptance_parts.finding import Claim, Part, at_most, sweep
 
-BOUND = 0.25
-"""Two exact computations round in different orders: their errors are alike, not equal."""
+BOUND = 0.05
+"""What same-dtype exact attention is taken to be rounds as a fused kernel does; the orders of its sums may differ."""
+STORED_BOUND = 1.35
+"""With stored probabilities other things are rounded: such a result may be better, and not much worse."""
 
 
 def measure() -> Part:
@@ -25,15 +27,7 @@ def measure() -> Part:
     for record in done.records:
         if record.error is not None and record.error.excess is not None:
             excesses.setdefault((record.cell.implementation, record.cell.dtype), []).append(record.error.excess)
-    claims = [
-        at_most(
-            f"softmax/{implementation} in {dtype}: excess within {BOUND:.0%} of 1 in {len(found)} cells",
-            max(abs(excess - 1) for excess in found),
-            BOUND,
-            note=f"from {min(found):.3f} to {max(found):.3f}",
-        )
-        for (implementation, dtype), found in sorted(excesses.items())
-    ]
+    claims = [_claim(*cell, found) for cell, found in sorted(excesses.items())]
     return Part(
         part="exact_attention",
         question="Does exact attention, judged like any other mechanism, score an excess of 1.0?",
@@ -41,3 +35,14 @@ def measure() -> Part:
         commands=[done.command],
         environment=done.run.environment,
     )
+
+
+def _claim(implementation: str, dtype: str, found: list[float]) -> Claim:
+    name, note = (
+        f"softmax/{implementation} in {dtype}, {len(found)} cells",
+        f"from {min(found):.3f} to {max(found):.3f}",
+    )
+    if implementation == "torch":
+        off = max(abs(excess - 1) for excess in found)
+        return at_most(f"{name}: distance of the excess from 1", off, BOUND, note=note)
+    return at_most(f"{name}, probabilities stored: largest excess", max(found), STORED_BOUND, note=note)
