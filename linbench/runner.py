@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel
 
 from linbench.limits import MEMORY_SIGNS, kernel_kills
 from linbench.protocol import (
@@ -41,6 +43,7 @@ from linbench.protocol import (
 )
 from linbench.record import Status
 
+Answer = TypeVar("Answer", bound=BaseModel)
 FORESEE_LIMIT_S = 120.0
 SURVEY_LIMIT_S = 120.0
 ENDING_S = 5.0
@@ -87,87 +90,63 @@ class Runner:
         multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
     def survey(self, request: SurveyRequest) -> Survey:
-        """Ask a child what machine this is.
-
-        Raises:
-            RuntimeError: the child gave no answer.
-        """
-        ended = self._run("survey", request.model_dump_json(), SURVEY_LIMIT_S)
-        if ended.answer is None:
-            raise RuntimeError(f"this machine cannot be surveyed: {_death(ended)}")
-        return Survey.model_validate_json(ended.answer)
+        """Ask a child what machine this is; see :meth:`_ask`."""
+        return self._ask("survey", request, Survey, SURVEY_LIMIT_S, "this machine cannot be surveyed: ")
 
     def try_clock(self, request: TryClockRequest) -> ClockTrial:
-        """Try the clock of a device in a child.
-
-        Raises:
-            RuntimeError: the child gave no answer.
-        """
-        ended = self._run("try_clock", request.model_dump_json(), SURVEY_LIMIT_S)
-        if ended.answer is None:
-            raise RuntimeError(f"the clock of {request.device} cannot be tried: {_death(ended)}")
-        return ClockTrial.model_validate_json(ended.answer)
+        """Try the clock of a device in a child; see :meth:`_ask`."""
+        told = f"the clock of {request.device} cannot be tried: "
+        return self._ask("try_clock", request, ClockTrial, SURVEY_LIMIT_S, told)
 
     def foresee(self, request: ForeseeRequest) -> Foresight:
-        """Ask a child about the cells before they run.
+        """Ask a child about the cells before they run; see :meth:`_ask`."""
+        return self._ask("foresee", request, Foresight, FORESEE_LIMIT_S)
 
-        Raises:
-            RuntimeError: the child gave no answer, because a mechanism's import or constructor ended it.
-        """
-        ended = self._run("foresee", request.model_dump_json(), FORESEE_LIMIT_S)
-        if ended.answer is None:
-            raise RuntimeError(_death(ended))
-        return Foresight.model_validate_json(ended.answer)
+    def nearest(self, request: NearestRequest) -> Nearest:
+        """Ask a child for the nearest length that a mechanism and its inputs take; see :meth:`_ask`."""
+        return self._ask("nearest", request, Nearest, FORESEE_LIMIT_S)
+
+    def examine(self, request: ExamineRequest, time_limit_s: float) -> Examined:
+        """Look at one property of a mechanism, or ask which there are; see :meth:`_ask`."""
+        return self._ask("examine", request, Examined, time_limit_s)
 
     def measure(self, request: MeasureRequest, time_limit_s: float) -> Outcome:
         """Run one cell. Always returns: no answer, a bad exit or the time limit become an outcome with its reason."""
-        ended = self._run("measure", request.model_dump_json(by_alias=True), time_limit_s)
-        if ended.answer is not None:
-            return Outcome.model_validate_json(ended.answer)
-        if ended.timed_out:
-            reason = f"no result within {time_limit_s:g} s; it was in stage '{ended.stage}'"
-            return Outcome(status=Status.TIMEOUT, reason=reason)
-        return Outcome(status=Status.CRASH, reason=_death(ended))
-
-    def examine(self, request: ExamineRequest, time_limit_s: float) -> Examined:
-        """Look at one property of a mechanism, or ask which there are.
-
-        Raises:
-            RuntimeError: the child gave no answer: the mechanism ended it, or the time was over.
-        """
-        ended = self._run("examine", request.model_dump_json(), time_limit_s)
-        if ended.answer is None:
-            raise RuntimeError(_death(ended))
-        return Examined.model_validate_json(ended.answer)
+        answer, status, reason = self._try("measure", request, time_limit_s)
+        return Outcome(status=status, reason=reason) if answer is None else Outcome.model_validate_json(answer)
 
     def probe(self, request: ProbeRequest, time_limit_s: float) -> Probed:
-        """Try one length of a frontier. Always returns, as :meth:`measure`.
+        """Try one length of a frontier. Always returns, as :meth:`measure`."""
+        answer, status, reason = self._try("probe", request, time_limit_s)
+        return Probed(status=status, reason=reason) if answer is None else Probed.model_validate_json(answer)
+
+    def _ask(self, task: str, request: BaseModel, answer: type[Answer], limit_s: float, failure: str = "") -> Answer:
+        """The answer of a child.
+
+        Raises:
+            RuntimeError: it gave none, because a mechanism's own code ended it or the time was over; says how.
+        """
+        ended = self._run(task, request.model_dump_json(by_alias=True), limit_s)
+        if ended.answer is None:
+            raise RuntimeError(f"{failure}{_death(ended)}")
+        return answer.model_validate_json(ended.answer)
+
+    def _try(self, task: str, request: BaseModel, limit_s: float) -> tuple[str | None, Status, str]:
+        """The answer of a child, or None with what its end means, and why.
 
         A process that the kernel killed for want of memory, or that died of an allocation, has run out of memory; where
         the kernel does not count its kills, every SIGKILL is taken for one.
         """
         kills = kernel_kills()
-        ended = self._run("probe", request.model_dump_json(by_alias=True), time_limit_s)
+        ended = self._run(task, request.model_dump_json(by_alias=True), limit_s)
         if ended.answer is not None:
-            return Probed.model_validate_json(ended.answer)
+            return ended.answer, Status.OK, ""
         if ended.timed_out:
-            reason = f"no end within {time_limit_s:g} s; it was in stage '{ended.stage}'"
-            return Probed(status=Status.TIMEOUT, reason=reason)
+            return None, Status.TIMEOUT, f"no result within {limit_s:g} s; it was in stage '{ended.stage}'"
         killed = ended.exit_code == -signal.SIGKILL and (kills is None or kernel_kills() != kills)
         if killed or any(sign in ended.last_words for sign in MEMORY_SIGNS):
-            return Probed(status=Status.OOM, reason=_death(ended))
-        return Probed(status=Status.CRASH, reason=_death(ended))
-
-    def nearest(self, request: NearestRequest) -> Nearest:
-        """Ask a child for the length nearest to the wanted one that a mechanism and its inputs take.
-
-        Raises:
-            RuntimeError: the child gave no answer, because a mechanism's import or constructor ended it.
-        """
-        ended = self._run("nearest", request.model_dump_json(by_alias=True), FORESEE_LIMIT_S)
-        if ended.answer is None:
-            raise RuntimeError(_death(ended))
-        return Nearest.model_validate_json(ended.answer)
+            return None, Status.OOM, _death(ended)
+        return None, Status.CRASH, _death(ended)
 
     def _run(self, task: str, request: str, limit_s: float) -> _Ended:
         receiver, sender = self._context.Pipe(duplex=False)

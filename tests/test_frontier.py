@@ -239,11 +239,11 @@ def test_a_line_is_printed_for_each_series_and_the_report_shows_them(
 ) -> None:
     folder, done = swept
     assert done.stdout.count("slow/torch full") == 1
-    assert "timeout: no end within 4 s; it was in stage 'call'" in done.stdout
+    assert "timeout: no result within 4 s; it was in stage 'call'" in done.stdout
     page = Path(folder / done.stdout.rpartition("Report: ")[2].strip())
     for text in (page.read_text(), (page.parent / "report.md").read_text()):
         assert "Longest sequence that fits" in text
-        assert "no end within 4 s" in text
+        assert "no result within 4 s" in text
         assert "100 MiB" in text
     again = linbench(folder, "report", "results", "--output", "page")
     assert again.returncode == 0, again.stderr
