@@ -1,0 +1,112 @@
+"""The forward pass: one launch that reads q, k, v once for every block of value columns and writes o."""
+
+import triton
+import triton.language as tl
+
+from linbench_kernels.additive.scan import scan
+
+
+@triton.jit(do_not_specialize=["length"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    log_decay,
+    entering,
+    skip,
+    divisors,
+    before,
+    after,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    out_b,
+    out_h,
+    out_n,
+    out_d,
+    before_b,
+    before_h,
+    before_d,
+    before_m,
+    heads,
+    length,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    DECAY: tl.constexpr,
+    FEATURE: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (B·H · blocks of value columns,), the blocks of a head side by side, where they share q and k in the cache.
+
+    Tensors are those of :func:`linbench_kernels.additive.attention`.
+    """
+    BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
+    part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    batch, head = index // heads, index % heads
+    EXTENDED: tl.constexpr = M + 1 if NORMALISED else M
+    scan(
+        q,
+        (q_b, q_h, q_n, q_d),
+        k,
+        (k_b, k_h, k_n, k_d),
+        v,
+        (v_b, v_h, v_n, v_d),
+        out,
+        (out_b, out_h, out_n, out_d),
+        None,
+        None,
+        log_decay,
+        None,
+        entering,
+        skip,
+        None,
+        divisors,
+        None,
+        before,
+        (before_b, before_h, before_d, before_m),
+        after,
+        (heads * D * EXTENDED, D * EXTENDED, EXTENDED, 1),
+        None,
+        None,
+        None,
+        batch,
+        head,
+        heads,
+        part * COLUMNS,
+        length,
+        scale,
+        D,
+        M,
+        BLOCK_D,
+        COLUMNS,
+        CHUNK,
+        STAGES,
+        False,
+        DECAY,
+        FEATURE,
+        "identity",
+        NORMALISED,
+        "",
+        OPERAND,
+        ACC,
+        PRECISION,
+        False,
+    )
