@@ -28,6 +28,7 @@ from linbench.measure.check import check, check_rows
 from linbench.measure.error import NonFiniteOutputError, UndefinedError
 from linbench.measure.honesty import DishonestTimingError
 from linbench.measure.memory import UnmeasurableMemoryError
+from linbench.mechanisms import fused
 from linbench.mechanisms.base import Mechanism
 from linbench.plan import Prospect, Rates
 from linbench.protocol import (
@@ -154,7 +155,7 @@ def _prospect(cell: Cell, request: ForeseeRequest) -> Prospect:
             reason = f"{cell.mechanism} has no implementation '{cell.implementation}', only {choices}"
             return Prospect(unsupported=reason, code="none")
         mechanism = registry.of_cell(cell)
-        lacking = mechanism.unsupported(cell) or inputs.unsupported(cell)
+        lacking = mechanism.unsupported(cell) or inputs.unsupported(cell) or fused.untimed(cell)
         family = cell.inputs_target or inputs.families()[cell.inputs].replace(":", ".")
         modules = [cls.__module__, family.rpartition(".")[0], "linbench.measure.check"]
         modules += [wanted.target.rpartition(".")[0] for wanted in request.measures.values()]

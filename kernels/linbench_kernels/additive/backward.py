@@ -25,6 +25,7 @@ def backward_kernel(
     delta,
     q_dots,
     k_dots,
+    weight_dots,
     before,
     after_grad,
     before_grad,
@@ -83,12 +84,14 @@ def backward_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Grid (B·H · (2 · blocks of key columns + blocks of value columns),), see the table of ``scan``.
 
     Args:
         reciprocals: of the divisors of the rows, ``[B, H, N]``; with ``delta`` = −⟨do, o⟩, when NORMALISED.
         q_dots: ``[blocks of key columns, B, H, N]`` or None, for the gradient of the decays; ``k_dots`` the same.
+        weight_dots: the same, for the gradient of the weights with which tokens enter; with ``k_dots`` only.
         met: ⟨S_N, dS_N⟩ as ``[blocks of key columns, B·H]``, or None.
     """
     KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
@@ -128,6 +131,7 @@ def backward_kernel(
             delta,
             None,
             dots,
+            None,
             before,
             (before_b, before_h, before_m, before_d),
             None,
@@ -157,11 +161,15 @@ def backward_kernel(
             ACC,
             PRECISION,
             SPLIT,
+            TMA,
         )
     elif part < 2 * KEY_BLOCKS:
         dots = k_dots
         if k_dots is not None:
             dots += (part - KEY_BLOCKS) * programs * length
+        whole = weight_dots
+        if weight_dots is not None:
+            whole += (part - KEY_BLOCKS) * programs * length
         scan(
             v,
             v_strides,
@@ -180,6 +188,7 @@ def backward_kernel(
             delta,
             None,
             dots,
+            whole,
             after_grad,
             (after_grad_b, after_grad_h, after_grad_m, after_grad_d),
             before_grad,
@@ -209,6 +218,7 @@ def backward_kernel(
             ACC,
             PRECISION,
             SPLIT,
+            TMA,
         )
     else:
         scan(
@@ -226,6 +236,7 @@ def backward_kernel(
             entering,
             reciprocals,
             skip,
+            None,
             None,
             None,
             None,
@@ -258,4 +269,5 @@ def backward_kernel(
             ACC,
             PRECISION,
             False,
+            TMA,
         )

@@ -53,6 +53,7 @@ def forward_kernel(
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Grid (B·H · blocks of value columns,), the blocks of a head side by side, where they share q and k in the cache.
 
@@ -79,6 +80,7 @@ def forward_kernel(
         skip,
         None,
         divisors,
+        None,
         None,
         before,
         (before_b, before_h, before_d, before_m),
@@ -109,4 +111,5 @@ def forward_kernel(
         ACC,
         PRECISION,
         False,
+        TMA,
     )

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.backward import backward_kernel
-from linbench_kernels.additive.configs import Arithmetic, arithmetic, block, config
+from linbench_kernels.additive.configs import Arithmetic, Task, arithmetic, block, config, precise_arithmetic
 from linbench_kernels.additive.forward import forward_kernel
 from linbench_kernels.additive.rows import row_dots_kernel
 from linbench_kernels.additive.step import step_kernel
@@ -57,8 +57,12 @@ def forward(
     state = q.new_empty(batch, heads, key_dim, extended, dtype=numbers.state) if keep_state else None
     divisors = q.new_empty(batch, heads, length, dtype=numbers.state) if normalised else None
     kind = decay_kind(log_decay)
-    chosen = config("forward", arch, q.element_size(), key_dim, value_dim, kind != "none")
+    tiles = (q, k, v, out)
+    extra = entering is not None or feature != "identity"
+    chosen = config(task("forward", arch, numbers, key_dim, value_dim, kind, extra, tiles))
     columns = min(chosen.columns, block(value_dim))
+    if chosen.tma:
+        triton.set_allocator(scratch)
     if q.shape[0] * q.shape[1] > 0:
         forward_kernel[(batch * heads * triton.cdiv(value_dim, columns),)](
             q,
@@ -89,6 +93,7 @@ def forward(
             FEATURE=feature,
             NORMALISED=normalised,
             **products(numbers),
+            TMA=chosen.tma,
             num_warps=chosen.warps,
         )
     return out, q.new_empty(0) if state is None else state, q.new_empty(0) if divisors is None else divisors
@@ -120,19 +125,22 @@ def backward(
     batch, heads, length, key_dim = q.shape
     value_dim = v.shape[-1]
     arch = arch_of(q)
-    numbers = arithmetic(q.dtype, arch)
+    numbers = precise_arithmetic(q.dtype, arch) if decay_grad else arithmetic(q.dtype, arch)
     kind = decay_kind(log_decay)
     entering, skip, log_decay = small(entering), small(skip), small(log_decay)
-    chosen = config("backward", arch, q.element_size(), key_dim, value_dim, kind != "none")
+    q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q, k, v))
+    tiles = (q, k, v, out_grad, q_grad, k_grad, v_grad)
+    extra = decay_grad or entering is not None or feature != "identity"
+    chosen = config(task("backward", arch, numbers, key_dim, value_dim, kind, extra, tiles))
     columns_d, columns_m = (min(chosen.columns, block(width)) for width in (key_dim, value_dim))
     key_blocks, value_blocks = triton.cdiv(key_dim, columns_d), triton.cdiv(value_dim, columns_m)
 
     def per_token(*parts: int) -> Tensor:
         return q.new_empty(*parts, batch, heads, length, dtype=numbers.state)
 
-    q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q, k, v))
     q_dots = per_token(key_blocks) if decay_grad else None
     k_dots = per_token(key_blocks) if decay_grad or entering is not None else None
+    weight_dots = per_token(key_blocks) if entering is not None else None
     met = q.new_empty(key_blocks, batch * heads, dtype=numbers.state) if decay_grad and state_grad is not None else None
     before_grad = None
     if initial_state is not None:
@@ -142,6 +150,8 @@ def backward(
     if normalised and out is not None and divisors is not None:
         reciprocals = torch.where(divisors == 0, 1.0, divisors).reciprocal()
         delta = row_dots(out, out_grad, numbers)
+    if chosen.tma:
+        triton.set_allocator(scratch)
     backward_kernel[(batch * heads * (2 * key_blocks + value_blocks),)](
         q,
         k,
@@ -157,6 +167,7 @@ def backward(
         delta,
         q_dots,
         k_dots,
+        weight_dots,
         initial_state,
         state_grad,
         before_grad,
@@ -185,7 +196,8 @@ def backward(
         FEATURE=feature,
         NORMALISED=normalised,
         **products(numbers),
-        SPLIT=decay_grad and numbers.operand == "bf16",
+        SPLIT=decay_grad and q.dtype is torch.bfloat16,
+        TMA=chosen.tma,
         num_warps=chosen.warps,
     )
     log_decay_grad, entering_grad, skip_grad, state_result = (q.new_empty(0) for _ in range(4))
@@ -194,8 +206,8 @@ def backward(
         if kind == "head":
             log_decay_grad = log_decay_grad.sum((0, 2))
         log_decay_grad = log_decay_grad.to(log_decay.dtype)
-    if entering is not None and k_dots is not None:
-        entering_grad = k_dots.sum(0).to(entering.dtype)
+    if entering is not None and weight_dots is not None:
+        entering_grad = weight_dots.sum(0).to(entering.dtype)
     if skip is not None:
         skip_grad = row_dots(v, out_grad, numbers).sum((0, 2)).neg().to(skip.dtype)
     if before_grad is not None and initial_state is not None:
@@ -282,6 +294,34 @@ def step(
         num_warps=4,
     )
     return out
+
+
+def task(
+    pass_: str,
+    arch: str,
+    numbers: Arithmetic,
+    key_dim: int,
+    value_dim: int,
+    decay: str,
+    extra: bool,
+    tiles: tuple[Tensor, ...],
+) -> Task:
+    """What decides the configuration; descriptors need 16 bytes at every step but the last, which is 1."""
+    operand_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[numbers.operand]
+    aligned = all(described(x) for x in tiles)
+    return Task(pass_, arch, operand_bytes, key_dim, value_dim, decay, extra, aligned)
+
+
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel writes its descriptors; Triton asks for it at every launch, in the thread that launches."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def described(x: Tensor) -> bool:
+    """Whether a descriptor can describe every ``x[batch, head]``."""
+    step = 16 // x.element_size()
+    whole = x.data_ptr() % 16 == 0 and all(number % step == 0 for number in x.stride()[:-1])
+    return whole and x.stride(-1) == 1 and x.stride(2) > 0
 
 
 def strides(x: Tensor | None) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import (
+    described,
     featured,
     load_row,
     load_tile,
@@ -51,17 +52,22 @@ def decay_sums(
     DECAY: tl.constexpr,
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
+    OPERAND: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """log2 decays of a chunk: between its border where the state comes in and each token, and over all of it."""
+    """log2 decays of a chunk: between its border where the state comes in and each token, and over all of it.
+
+    In fp64 unless products are of bf16: the difference of two sums of a hundred keeps five digits in fp32.
+    """
     at_least = SHUT_64 if ACC == tl.float64 else SHUT
+    LOGS: tl.constexpr = tl.float32 if OPERAND == "bf16" else tl.float64
     if DECAY == "token":
-        steps = load_row(log_decay, batch, head, heads, row, length, CHUNK, ACC) * LOG2_E
+        steps = load_row(log_decay, batch, head, heads, row, length, CHUNK, LOGS) * LOG2_E
         steps = tl.maximum(steps, at_least)
         total = tl.sum(steps, 0)
         sums = tl.cumsum(steps, 0)
     else:
-        step = tl.maximum(tl.load(log_decay + head).to(ACC) * LOG2_E, at_least)
+        step = tl.maximum(tl.load(log_decay + head).to(LOGS) * LOG2_E, at_least)
         total = tl.minimum(length - row, CHUNK) * step
         sums = tl.minimum(tl.arange(0, CHUNK) + 1, length - row) * step
     if REVERSE:
@@ -88,6 +94,7 @@ def scan(
     delta,
     sums_out,
     dots_out,
+    whole_out,
     before,
     before_strides,
     after,
@@ -117,6 +124,7 @@ def scan(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One program: all tokens of a head, and ``COLUMNS`` columns of the output from ``column`` on.
 
@@ -128,12 +136,20 @@ def scan(
         delta: ``[B, H, N]``: a column more of a (DELTA "target") or of b ("source"), beside ones in the other; what
             the normaliser adds to gradients.
         sums_out: ``[B, H, N]``, written when NORMALISED: out divided by it; its state is one column more.
-        dots_out: ``[B, H, N]`` or None: Σ over these columns of φ(own) · out, before ``target``.
+        dots_out: ``[B, H, N]`` or None: Σ over these columns of φ(own) · out, before ``target`` and without s = t: what
+            a token has of itself does not fade, and would drown what does.
+        whole_out: the same with s = t, or None.
         before: the state that comes in, ``[K, WIDTH]`` in its last two strides, or None; ``after`` the one that leaves.
         meeting: like ``after``; the sum of its products with the state that leaves goes to ``met``, one number.
         SPLIT: what bf16 loses of states, weights and faded rows is multiplied as well. The sums of the dots over all
             tokens cancel but for the gradient of the decays, and rounding, which differs in dq and dk, does not.
     """
+    a, a_strides = described(a, a_strides, batch, head, length, CHUNK, BLOCK_K, K, TMA)
+    b, b_strides = described(b, b_strides, batch, head, length, CHUNK, BLOCK_K, K, TMA)
+    c, c_strides = described(c, c_strides, batch, head, length, CHUNK, COLUMNS, WIDTH, TMA)
+    out, out_strides = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, WIDTH, TMA)
+    if own is not None:
+        own, own_strides = described(own, own_strides, batch, head, length, CHUNK, COLUMNS, WIDTH, TMA)
     state = tl.zeros([BLOCK_K, COLUMNS], dtype=ACC)
     ks, columns = tl.arange(0, BLOCK_K), column + tl.arange(0, COLUMNS)
     inside = (ks < K)[:, None] & (columns < WIDTH)[None, :]
@@ -157,6 +173,7 @@ def scan(
             if DELTA != "":
                 sums /= scale
     tokens = tl.arange(0, CHUNK)
+    same = tokens[:, None] == tokens[None, :]
     if REVERSE:
         visible = tokens[:, None] <= tokens[None, :]
     else:
@@ -176,7 +193,7 @@ def scan(
             c_tile = featured(c_tile.to(ACC), row, column, length, CHUNK, COLUMNS, WIDTH, FEATURE_C)
         a_tile, b_tile, c_tile = operand(a_tile, OPERAND), operand(b_tile, OPERAND), operand(c_tile, OPERAND)
         if DECAY != "none":
-            fading, total = decay_sums(log_decay, batch, head, heads, row, length, DECAY, CHUNK, REVERSE, ACC)
+            fading, total = decay_sums(log_decay, batch, head, heads, row, length, DECAY, CHUNK, REVERSE, OPERAND, ACC)
         if DELTA != "":
             column_more = load_row(delta, batch, head, heads, row, length, CHUNK, ACC)
 
@@ -191,9 +208,10 @@ def scan(
         if DELTA == "source":
             acc += sums[None, :]
         if DECAY != "none":
-            acc *= tl.exp2(fading)[:, None]
+            before_token = tl.exp2(fading.to(ACC))
+            acc *= before_token[:, None]
             if NORMALISED:
-                divisor *= tl.exp2(fading)
+                divisor *= before_token
 
         scores = tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION, out_dtype=ACC)
         if DELTA == "target":
@@ -201,11 +219,15 @@ def scan(
         if DELTA == "source":
             scores += column_more[None, :]
         if DECAY != "none":
-            scores *= tl.exp2(tl.where(visible, fading[:, None] - fading[None, :], 0.0))
+            between = (fading[:, None] - fading[None, :]).to(ACC)
+            scores *= tl.exp2(tl.where(visible, between, 0.0))
         if source is not None:
             weight = load_row(source, batch, head, heads, row, length, CHUNK, ACC)
             scores *= weight[None, :]
         scores = tl.where(visible, scores, 0.0)
+        if dots_out is not None:
+            of_itself = tl.sum(tl.where(same, scores, 0.0), 1)
+            scores = tl.where(same, 0.0, scores)
         if NORMALISED:
             divisor += tl.sum(scores, 1)
         weights = operand(scores, OPERAND)
@@ -217,21 +239,19 @@ def scan(
             if column == 0:
                 store_row(sums_out, batch, head, heads, row, length, divisor, CHUNK)
 
-        result = acc * scale
         if own is not None:
             own_tile = load_tile(own, own_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH).to(ACC)
             if dots_out is not None:
                 own_features = featured(own_tile, row, column, length, CHUNK, COLUMNS, WIDTH, FEATURE_C)
-                store_row(
-                    dots_out,
-                    batch,
-                    head,
-                    heads,
-                    row,
-                    length,
-                    tl.sum(operand(own_features, OPERAND).to(ACC) * result, 1),
-                    CHUNK,
-                )
+                own_features = operand(own_features, OPERAND).to(ACC)
+                dots = tl.sum(own_features * acc, 1)
+                store_row(dots_out, batch, head, heads, row, length, dots * scale, CHUNK)
+                if whole_out is not None:
+                    dots += of_itself * tl.sum(own_features * c_tile.to(ACC), 1)
+                    store_row(whole_out, batch, head, heads, row, length, dots * scale, CHUNK)
+                acc += of_itself[:, None] * c_tile.to(ACC)
+        result = acc * scale
+        if own is not None:
             if FEATURE_C != "identity":
                 result *= slope(own_tile, FEATURE_C)
         if target is not None:
@@ -242,12 +262,13 @@ def scan(
 
         written = c_tile
         if DECAY != "none":
-            lasting = tl.exp2(total - fading)
+            lasting = tl.exp2((total - fading).to(ACC))
+            over_chunk = tl.exp2(total.to(ACC))
             if source is not None:
                 lasting *= weight
             faded = c_tile.to(ACC) * lasting[:, None]
             written = operand(faded, OPERAND)
-            state *= tl.exp2(total)
+            state *= over_chunk
         elif source is not None:
             faded = c_tile.to(ACC) * weight[:, None]
             written = operand(faded, OPERAND)
@@ -255,13 +276,13 @@ def scan(
             kept = b_tile.to(ACC)
             if DECAY != "none":
                 kept *= lasting[:, None]
-                sums *= tl.exp2(total)
+                sums *= over_chunk
             elif source is not None:
                 kept *= weight[:, None]
             sums += tl.sum(kept, 0)
         if DELTA != "":
             if DECAY != "none":
-                sums *= tl.exp2(total)
+                sums *= over_chunk
             if DELTA == "source":
                 sums += tl.sum(written.to(ACC) * column_more[:, None], 0)
             else:

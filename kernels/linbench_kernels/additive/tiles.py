@@ -9,16 +9,35 @@ INTERPRETED = tl.constexpr(device.INTERPRETED)
 
 
 @triton.jit
+def described(
+    x, strides, batch, head, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
+):
+    """``x[batch, head]`` for :func:`load_tile` and :func:`store_tile`: a descriptor and None, or what was given.
+
+    A descriptor (TMA) has its copies made by a unit of their own, which needs no registers for addresses. It takes rows
+    of 16 bytes, and a multiple of them from row to row.
+    """
+    if TMA:
+        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+        return tl.make_tensor_descriptor(start, [length, WIDTH], [strides[2], 1], [ROWS, COLUMNS]), None
+    else:
+        return x, strides
+
+
+@triton.jit
 def load_tile(
     x, strides, batch, head, row, column, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
 ):
     """``x[batch, head, row:row + ROWS, column:column + COLUMNS]`` of ``[B, H, length, WIDTH]``, zeros outside of it."""
-    start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
-    rows, columns = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    inside = (rows < length - row)[:, None]
-    if WIDTH % COLUMNS != 0:
-        inside = inside & (columns < WIDTH)[None, :]
-    return tl.load(start + rows[:, None] * strides[2] + columns[None, :] * strides[3], mask=inside, other=0.0)
+    if strides is None:
+        return x.load([row, column])
+    else:
+        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+        rows, columns = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        inside = (rows < length - row)[:, None]
+        if WIDTH % COLUMNS != 0:
+            inside = inside & (columns < WIDTH)[None, :]
+        return tl.load(start + rows[:, None] * strides[2] + columns[None, :] * strides[3], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -26,13 +45,16 @@ def store_tile(
     x, strides, batch, head, row, column, length, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Write what of the tile lies inside, in the dtype of ``x``."""
-    start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
-    rows, columns = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    inside = (rows < length - row)[:, None]
-    if WIDTH % COLUMNS != 0:
-        inside = inside & (columns < WIDTH)[None, :]
-    places = start + rows[:, None] * strides[2] + columns[None, :] * strides[3]
-    tl.store(places, stored(tile, x.dtype.element_ty), mask=inside)
+    if strides is None:
+        x.store([row, column], stored(tile, x.dtype))
+    else:
+        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+        rows, columns = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        inside = (rows < length - row)[:, None]
+        if WIDTH % COLUMNS != 0:
+            inside = inside & (columns < WIDTH)[None, :]
+        places = start + rows[:, None] * strides[2] + columns[None, :] * strides[3]
+        tl.store(places, stored(tile, x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

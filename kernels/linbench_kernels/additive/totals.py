@@ -28,7 +28,7 @@ def decay_gradient_kernel(
         gradient: ``[B·H, N]``.
     """
     head = tl.program_id(0).to(tl.int64)
-    from_later = tl.zeros([1], dtype=gradient.dtype.element_ty)
+    from_later = tl.zeros([1], dtype=tl.float64)
     if met is not None:
         for block in tl.static_range(BLOCKS):
             from_later += tl.load(met + block * tl.num_programs(0) + head)
@@ -36,8 +36,8 @@ def decay_gradient_kernel(
     for index in range(0, blocks):
         places = (blocks - 1 - index) * ROWS + tl.arange(0, ROWS)
         inside = places < length
-        q_sum = tl.zeros([ROWS], dtype=gradient.dtype.element_ty)
-        k_sum = tl.zeros([ROWS], dtype=gradient.dtype.element_ty)
+        q_sum = tl.zeros([ROWS], dtype=tl.float64)
+        k_sum = tl.zeros([ROWS], dtype=tl.float64)
         for block in tl.static_range(BLOCKS):
             start = (block * tl.num_programs(0) + head) * length
             q_sum += tl.load(q_dots + start + places, mask=inside, other=0.0)

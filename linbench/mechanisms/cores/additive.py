@@ -22,6 +22,7 @@ from linbench.mechanisms.cores.chunked import (
 from linbench.mechanisms.cores.features import FeatureMap
 from linbench.mechanisms.cores.pooled import PooledAttention
 from linbench.mechanisms.cores.slabs import CHUNK
+from linbench.mechanisms.fused import unavailable
 
 
 class AdditiveState(Mechanism):
@@ -92,6 +93,23 @@ class AdditiveState(Mechanism):
             operator = Operator(features, self.normalised, offset=self.offset)
             out = PooledAttention.apply(*heads, operator)  # type: ignore[no-untyped-call]
         return out.view(*q.shape[:2], *out.shape[1:])
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, feature: str = "identity") -> Tensor:
+        """What ``forward_triton`` of a mechanism is whose φ the kernels have by that name.
+
+        Raises:
+            UsageError: they cannot run here, or have no such form.
+        """
+        self.check(q, k)
+        if (reason := unavailable(q.device.type, self.causal)) is not None:
+            raise UsageError(reason)
+        from linbench_kernels.additive import attention
+
+        decay = self.log_decay(q.device)
+        if decay is not None and q.dtype is not torch.float64:
+            decay = decay.float()
+        normalised = self.normalised
+        return attention(q, k, v, log_decay=decay, scale=self.scale, feature=feature, normalised=normalised)[0]
 
     def check(self, q: Tensor, k: Tensor) -> None:
         """Refuse what has no operator (for a cell, ``unsupported`` says so before)."""
