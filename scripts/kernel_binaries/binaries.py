@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import triton
-from kernel_binaries.launches import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from kernel_binaries.launches import Launch
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -111,7 +112,7 @@ def _nvidia(made: Any, arch: str) -> Binary:
         usage = _run("cuobjdump", "-res-usage", str(cubin))
         listing = _run("cuobjdump", "-sass", str(cubin))
         ptx.write_text(made.asm["ptx"])
-        assembler = "ptxas-blackwell" if arch == "sm_100" and (_tools() / "ptxas-blackwell").exists() else "ptxas"
+        assembler = "ptxas-blackwell" if arch == "sm_100" and (tools() / "ptxas-blackwell").exists() else "ptxas"
         target = re.search(r"\.target (sm_\w+)", made.asm["ptx"])
         said = _run(assembler, "-v", f"--gpu-name={target[1] if target else arch}", str(ptx), "-o", str(cubin))
     registers, stack = (int(_found(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
@@ -197,12 +198,13 @@ def _classes(names: list[str]) -> dict[str, int]:
     return {"all": len(names), **{label: counts[label] for label in CLASSES}}
 
 
-def _tools() -> Path:
+def tools() -> Path:
+    """The folder of the assembler and the disassembler that Triton brings."""
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def _run(tool: str, *words: str) -> str:
-    done = subprocess.run([str(_tools() / tool), *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([str(tools() / tool), *words], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 

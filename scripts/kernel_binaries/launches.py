@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from linbench_kernels.additive import launch
+from linbench_kernels.additive.configs import Config, Task
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,7 +73,7 @@ class _Allocations(TorchDispatchMode):
 def recorded(arch: str) -> Iterator[list[Launch]]:
     """Wrappers believe that they run on ``arch``, and launch nothing."""
     kept: list[Launch] = []
-    with mock.patch.object(launch, "arch_of", lambda x: arch):
+    with mock.patch.object(launch, "arch_of", return_value=arch):
         patches = [mock.patch.object(launch, n, _Recorder(getattr(launch, n), n, kept)) for n in KERNELS]
         for patch in patches:
             patch.start()
@@ -81,6 +82,20 @@ def recorded(arch: str) -> Iterator[list[Launch]]:
         finally:
             for patch in patches:
                 patch.stop()
+
+
+@contextmanager
+def chosen() -> Iterator[list[Config]]:
+    """The configurations that wrappers choose, in order."""
+    kept: list[Config] = []
+    choose = launch.config
+
+    def noted(task: Task) -> Config:
+        kept.append(choose(task))
+        return kept[-1]
+
+    with mock.patch.object(launch, "config", noted):
+        yield kept
 
 
 def call(arch: str, wrapper: Callable[..., Any], *operands: Any) -> Call:

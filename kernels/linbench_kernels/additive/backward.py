@@ -1,6 +1,8 @@
 """The backward pass: independent scans in one launch, none of which stores a state.
 
-The first programs of a head make dq, going forward in time; the others make dk and dv, going backward.
+The first programs of a head make dq, going forward in time; the others make dk and dv, going backward. As a chain of
+``elif``: three ``if`` one after the other let the scans share all of their shared memory (104 KiB for 176 without
+decay, D = 128), and cost the gated ones so many registers that they spill.
 """
 
 import triton

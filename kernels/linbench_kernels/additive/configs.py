@@ -100,10 +100,12 @@ def config(task: Task) -> Config:
         return _with_descriptors(task, width)
     if task.arch.startswith("gfx"):
         return Config(chunk=64 if width <= 64 else 32, columns=64 if width <= 64 else 32, warps=4, stages=2)
+    light = task.decay == "none" and not task.extra
     if width <= 64:
-        columns = 64 if task.decay == "none" and not task.extra else 32
-        return Config(chunk=64, columns=columns, warps=8 if task.extra else 4, stages=2)
-    return Config(chunk=32 if width > 128 or task.pass_ == "backward" else 64, columns=32, warps=8, stages=2)
+        return Config(chunk=64, columns=64 if light else 32, warps=8 if task.extra else 4, stages=2)
+    if width <= 128 and task.pass_ == "forward":
+        return Config(chunk=64, columns=32, warps=4 if light else 8, stages=2)
+    return Config(chunk=32, columns=32, warps=8, stages=2)
 
 
 def _with_descriptors(task: Task, width: int) -> Config:
@@ -111,15 +113,23 @@ def _with_descriptors(task: Task, width: int) -> Config:
     tma = task.aligned and task.arch != "interpreter"
     light = task.decay == "none" and not task.extra
     if width <= 64:
-        return Config(chunk=64, columns=64, warps=4, stages=3 if light and tma else 2, tma=tma)
-    few = task.arch.startswith("sm_1") or light or (task.pass_ == "forward" and not task.extra)
-    if width <= 128:
-        return Config(chunk=64, columns=64, warps=4 if few else 8, stages=2, tma=tma)
-    return Config(chunk=32, columns=32, warps=8, stages=2, tma=tma)
+        if task.pass_ == "backward" and task.extra and task.decay == "token":
+            return Config(chunk=64, columns=32, warps=4, stages=2, tma=tma)
+        stages = 3 if light and tma and task.pass_ == "forward" else 2
+        return Config(chunk=64, columns=64, warps=4, stages=stages, tma=tma)
+    if width > 128:
+        return Config(chunk=32, columns=32, warps=8, stages=2, tma=tma)
+    if task.extra and (task.decay != "none" or task.pass_ == "backward"):
+        return Config(chunk=64, columns=32, warps=4, stages=2, tma=tma)
+    if task.arch.startswith("sm_1"):
+        columns = 64 if light or task.pass_ == "forward" else 32
+        return Config(chunk=64, columns=columns, warps=4, stages=2, tma=tma)
+    few = task.pass_ == "forward" and not task.extra
+    return Config(chunk=64, columns=64, warps=4 if few else 8, stages=2, tma=tma)
 
 
 def _wide_operands(task: Task, width: int) -> Config:
     """Products of fp32 or fp64: tiles of twice or four times the bytes, and three products for one in tf32x3."""
     if task.operand_bytes == 8:
-        return Config(chunk=16, columns=16, warps=8 if width > 64 else 4, stages=1)
-    return Config(chunk=32, columns=32 if width <= 128 else 16, warps=8 if width > 64 else 4, stages=2)
+        return Config(chunk=16, columns=16, warps=8, stages=1)
+    return Config(chunk=32, columns=32 if width <= 128 else 16, warps=8, stages=2)

@@ -76,12 +76,12 @@ def step_kernel(
         kept = tl.exp2(tl.load(log_decay + head).to(ACC) * LOG2_E)
     divisor = 1.0
     if NORMALISED:
-        places = state_places(state, strides, batch, head, 0, M, BLOCK_D, 1)
-        sums = tl.load(places, mask=(ks < D)[:, None], other=0.0).to(ACC)
+        sums_places = state_places(state, strides, batch, head, 0, M, BLOCK_D, 1)
+        sums = tl.load(sums_places, mask=(ks < D)[:, None], other=0.0).to(ACC)
         if DECAY != "none":
             sums *= kept
         sums += written[:, None]
-        tl.store(places, sums, mask=(ks < D)[:, None])
+        tl.store(sums_places, sums, mask=(ks < D)[:, None])
         divisor = tl.sum(tl.sum(query[:, None] * sums, 1), 0)
         divisor = tl.where(divisor == 0, 1.0, divisor)
     for column in range(tl.program_id(1) * COLUMNS, M, tl.num_programs(1) * COLUMNS):
