@@ -8,6 +8,7 @@ from linbench import inputs, registry
 from linbench.cell import Cell, digest
 from linbench.errors import UsageError
 from linbench.measure.check import check_rows
+from linbench.mechanisms import fused
 from linbench.mechanisms.base import Mechanism
 from linbench.prospect import Prospect
 from linbench.protocol import ForeseeRequest, Foresight, Measure
@@ -34,6 +35,7 @@ def _prospect(cell: Cell, request: ForeseeRequest) -> Prospect:
             return Prospect(unsupported=reason, code="none")
         mechanism = registry.of_cell(cell)
         lacking = mechanism.unsupported(cell) or _undecodable(mechanism, cell) or inputs.unsupported(cell)
+        lacking = lacking or fused.untimed(cell)
         family = cell.inputs_target or inputs.families()[cell.inputs].replace(":", ".")
         modules = [cls.__module__, family.rpartition(".")[0], "linbench.measure.check"]
         modules += [wanted.target.rpartition(".")[0] for wanted in request.measures.values()]

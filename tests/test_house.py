@@ -57,6 +57,17 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def every_import(path: Path) -> set[str]:
+    """Modules that a file imports anywhere."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
 def files(room: str) -> list[Path]:
     single = PACKAGE / f"{room}.py"
     return [single] if single.is_file() else sorted((PACKAGE / room).rglob("*.py"))
@@ -89,11 +100,26 @@ def test_the_parent_stays_free_of_torch(statement: str) -> None:
 
 
 def test_the_import_name_kernels_is_never_ours() -> None:
+    """The folder has no ``__init__.py``: a package of that name that is installed comes before it on any path."""
     found = importlib.util.find_spec("kernels")
     assert found is None or str(ROOT) not in str(found.origin)
 
 
-@pytest.mark.parametrize("folder", ["configs", "scripts", "results", "tests"])
+def test_kernels_import_nothing_of_linbench() -> None:
+    sources = sorted((ROOT / "kernels" / "linbench_kernels").rglob("*.py"))
+    assert sources
+    for path in sources:
+        modules = {name for name in every_import(path) if name.partition(".")[0] == "linbench"}
+        assert modules == set(), path
+
+
+def test_only_functions_of_linbench_import_kernels() -> None:
+    """A machine without triton has mechanisms all the same."""
+    for path in PACKAGE.rglob("*.py"):
+        assert not {name.partition(".")[0] for name in imports(path)} & {"triton", "linbench_kernels"}, path
+
+
+@pytest.mark.parametrize("folder", ["configs", "kernels", "scripts", "results", "tests"])
 def test_data_folders_are_no_packages(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 

@@ -38,7 +38,9 @@ def test_the_wheel_holds_the_package_its_configs_and_its_data(wheels: dict[str, 
     assert configs <= inside
     assert {"linbench/inputs/data/minilm.safetensors", "linbench/cli.py"} <= inside
     assert any(name.endswith(".j2") for name in inside)
-    assert {name.partition("/")[0] for name in inside} == {"linbench"}
+    kernels = {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
+    assert kernels <= inside
+    assert {name.partition("/")[0] for name in inside} == {"linbench", "linbench_kernels"}
 
 
 def test_the_installed_command_finds_its_configs(wheels: dict[str, Path], tmp_path: Path) -> None:
@@ -73,3 +75,15 @@ def test_the_installed_command_finds_its_configs(wheels: dict[str, Path], tmp_pa
         check=True,
     )
     assert where.stdout.startswith(site)
+    names = "[u.find_spec(name) and u.find_spec(name).origin for name in ('linbench_kernels', 'kernels')]"
+    found = subprocess.run(
+        [python, "-c", f"import importlib.util as u; print(*{names})"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ours, theirs = found.stdout.split()
+    assert ours.startswith(site)
+    assert not theirs.startswith(site)

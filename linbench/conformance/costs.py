@@ -12,6 +12,7 @@ from torch import Tensor
 from linbench.conformance.counting import counted_flops, peak_bytes
 from linbench.conformance.finding import Finding, failed, not_applicable, passed, within, worst
 from linbench.conformance.subject import Operands, Size, Subject
+from linbench.mechanisms import fused
 from linbench.mechanisms.base import Mechanism
 
 PASSES = ("forward", "backward", "forward_backward")
@@ -90,6 +91,8 @@ def work_grows_as_claimed(subject: Subject) -> Finding:
 
 def work_is_done(subject: Subject) -> Finding:
     """``flops`` is no more than the operations that run, products and elementwise, nor a tenth of the products."""
+    if subject.implementation == fused.NAME:
+        return not_applicable("the operations of a kernel cannot be counted from outside")
     size = subject.size(1, 2, 500 if subject.quick else 2000, 16, 12)
     x = subject.draw(size, torch.float32)
     findings = []
@@ -125,6 +128,8 @@ def _pass(subject: Subject, x: Operands, pass_: str) -> Callable[[Callable[[], N
 
 def memory_grows_as_claimed(subject: Subject) -> Finding:
     """Peak memory, of a forward and of both passes, from one length to four times it: ``description.memory``."""
+    if subject.implementation == fused.NAME and subject.device == "cpu":
+        return not_applicable("the memory of Triton's interpreter is not that of a kernel")
     claim = subject.cls.description.memory
     short = 1024 if subject.quick else 2048
     sizes = [subject.size(1, 1, tokens, 8, 8) for tokens in (short, 4 * short)]

@@ -106,11 +106,16 @@ class Examination:
         if scope in ("form", "mechanism"):
             chosen = chosen[:1] if "torch" not in chosen else ["torch"]
         forms = cls.description.causal_forms[:1] if scope == "mechanism" else cls.description.causal_forms
-        return [
+        subjects = [
             Subject(self.name, causal, name, self.target, dict(self.hyperparameters or {}), self.quick, self.device)
             for name in chosen
             for causal in forms
         ]
+        able = [subject for subject in subjects if subject.unavailable is None]
+        if not able or not {*self.implementations} <= {"reference", *(subject.implementation for subject in able)}:
+            lacking = next(subject for subject in subjects if subject.unavailable is not None)
+            raise UsageError(f"{self.name}, {lacking.implementation}: {lacking.unavailable}")
+        return able
 
     def notes(self) -> list[str]:
         """Where the odd shape is refused: the shape that is looked at instead, and why."""

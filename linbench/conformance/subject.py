@@ -14,6 +14,7 @@ from torch import Tensor
 from linbench import registry
 from linbench.cell import Cell, Scalar
 from linbench.errors import UsageError
+from linbench.mechanisms import fused
 from linbench.mechanisms.base import Mechanism
 
 DTYPE_NAMES = {
@@ -98,6 +99,11 @@ class Subject:
         """The form in words."""
         return "causal" if self.causal else "not causal"
 
+    @property
+    def unavailable(self) -> str | None:
+        """Why no kernel of this implementation can run here in this form; None when one can, or it is no kernel."""
+        return fused.unavailable(self.device, self.causal) if self.implementation == fused.NAME else None
+
     def sizes(self) -> list[Size]:
         """Odd sizes, all different; N = 1 and no multiple of any chunk among them. In the nearest supported shape."""
         asked = [Size(2, 3, 1, 5, 7), Size(1, 2, 150, 6, 5)]
@@ -147,6 +153,7 @@ class Subject:
                 "value_dim": size.value_dim,
                 "dtype": DTYPE_NAMES[dtype],
                 "causal": self.causal,
+                "device": self.device,
                 "pass": pass_,
             }
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from linbench.cell import Cell
 from linbench.errors import UsageError
+from linbench.mechanisms import fused
 from linbench.mechanisms.claims import Claims, ExactLimit
 from linbench.parameters import signature_model
 
@@ -193,7 +194,7 @@ class Mechanism(torch.nn.Module, ABC):
         """Why this mechanism cannot run ``cell``, in one clause, or None when it can."""
         if cell.causal not in self.description.causal_forms:
             return f"{cell.mechanism} has no {'causal' if cell.causal else 'non-causal'} form"
-        return None
+        return fused.unsupported(cell) if cell.implementation == fused.NAME else None
 
     @abstractmethod
     def flops(self, cell: Cell) -> int:

@@ -50,6 +50,10 @@ class Lightning(AdditiveState):
         slopes = torch.tensor(alibi_slopes(self.geometry.heads), dtype=torch.float64, device=device)
         return -slopes * (1 - self.depth + 1e-5)
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused: one kernel forward and one backward."""
+        return self.fused(q, k, v)
+
     def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
         """Rows of ((Q Kᵀ) ∘ exp(−s (i − j))) V, masked."""
         self.check(q, k)

@@ -40,6 +40,10 @@ class Linear(AdditiveState):
         """Elu + 1."""
         return EluPlusOne()
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused, the causal form: one kernel forward, two backward; features are never written."""
+        return self.fused(q, k, v, "elu_plus_one")
+
     def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
         """The weights of the given rows, in full."""
         self.check(q, k)

@@ -9,10 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.decay_state import DecayState, Operands
 from linbench.mechanisms.cores.segments import State
+from linbench.mechanisms.fused import unavailable
 
 
 class Mamba2(DecayState):
@@ -83,6 +85,16 @@ class Mamba2(DecayState):
         step, rate, skip = (x[..., None] for x in rest)
         after = torch.exp(step * rate)[..., None] * state[0] + (step * k)[..., None] * v[..., None, :]
         return (q[..., None, :] @ after).squeeze(-2) + skip * v, (after,)
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """Fused: one kernel forward, and one backward with a small one for the gradient of the decays."""
+        self.check(q, k, extras)
+        if (reason := unavailable(q.device.type)) is not None:
+            raise UsageError(reason)
+        from linbench_kernels.additive import attention
+
+        x = self.operands(q, k, v, **extras)
+        return attention(x.q, x.k, x.v, log_decay=x.log_decay, entering=x.entering, skip=x.skip)[0]
 
     def operands(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Operands:
         """Δ as the weight of a token and ΔA as its log decay."""

@@ -54,6 +54,10 @@ class RetNet(AdditiveState):
         """D^-1/2."""
         return float(self.geometry.key_dim**-0.5)
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused: one kernel forward and one backward."""
+        return self.fused(q, k, v)
+
     def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
         """Rows of ((Q Kᵀ / √D) ∘ D) V, D_ij = γ^{i−j} for j ≤ i (eq. 5)."""
         self.check(q, k)

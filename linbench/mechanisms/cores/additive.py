@@ -23,6 +23,7 @@ from linbench.mechanisms.cores.chunked import (
 from linbench.mechanisms.cores.features import FeatureMap
 from linbench.mechanisms.cores.pooled import PooledAttention
 from linbench.mechanisms.cores.slabs import CHUNK
+from linbench.mechanisms.fused import unavailable
 
 
 class AdditiveState(Mechanism):
@@ -102,6 +103,23 @@ class AdditiveState(Mechanism):
         operator, heads = self.chunk_operands(q, k, v)
         walked = walk_slabs(heads[0], heads[1], heads[2], operator)
         return walked.out.view(*q.shape[:2], *walked.out.shape[1:]), by_head(walked.after, *q.shape[:2])
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, feature: str = "identity") -> Tensor:
+        """What ``forward_triton`` of a mechanism is whose φ the kernels have by that name.
+
+        Raises:
+            UsageError: they cannot run here, or have no such form.
+        """
+        self.check(q, k)
+        if (reason := unavailable(q.device.type, self.causal)) is not None:
+            raise UsageError(reason)
+        from linbench_kernels.additive import attention
+
+        decay = self.log_decay(q.device)
+        if decay is not None and q.dtype is not torch.float64:
+            decay = decay.float()
+        normalised = self.normalised
+        return attention(q, k, v, log_decay=decay, scale=self.scale, feature=feature, normalised=normalised)[0]
 
     def check(self, q: Tensor, k: Tensor) -> None:
         """Refuse what has no operator (for a cell, ``unsupported`` says so before)."""

@@ -1,0 +1,275 @@
+"""The backward pass: independent scans in one launch, none of which stores a state.
+
+The first programs of a head make dq, going forward in time; the others make dk and dv, going backward. As a chain of
+``elif``: three ``if`` one after the other let the scans share all of their shared memory (104 KiB for 176 without
+decay, D = 128), and cost the gated ones so many registers that they spill.
+"""
+
+import triton
+import triton.language as tl
+
+from linbench_kernels.additive.scan import scan
+
+
+@triton.jit(do_not_specialize=["length"])
+def backward_kernel(
+    q,
+    k,
+    v,
+    out_grad,
+    q_grad,
+    k_grad,
+    v_grad,
+    log_decay,
+    entering,
+    skip,
+    reciprocals,
+    delta,
+    q_dots,
+    k_dots,
+    weight_dots,
+    before,
+    after_grad,
+    before_grad,
+    met,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    out_grad_b,
+    out_grad_h,
+    out_grad_n,
+    out_grad_d,
+    q_grad_b,
+    q_grad_h,
+    q_grad_n,
+    q_grad_d,
+    k_grad_b,
+    k_grad_h,
+    k_grad_n,
+    k_grad_d,
+    v_grad_b,
+    v_grad_h,
+    v_grad_n,
+    v_grad_d,
+    before_b,
+    before_h,
+    before_d,
+    before_m,
+    after_grad_b,
+    after_grad_h,
+    after_grad_d,
+    after_grad_m,
+    heads,
+    length,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS_D: tl.constexpr,
+    COLUMNS_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    DECAY: tl.constexpr,
+    FEATURE: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Grid (B·H · (2 · blocks of key columns + blocks of value columns),), see the table of ``scan``.
+
+    Args:
+        reciprocals: of the divisors of the rows, ``[B, H, N]``; with ``delta`` = −⟨do, o⟩, when NORMALISED.
+        q_dots: ``[blocks of key columns, B, H, N]`` or None, for the gradient of the decays; ``k_dots`` the same.
+        weight_dots: the same, for the gradient of the weights with which tokens enter; with ``k_dots`` only.
+        met: ⟨S_N, dS_N⟩ as ``[blocks of key columns, B·H]``, or None.
+    """
+    KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
+    PARTS: tl.constexpr = 2 * KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
+    part, index = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
+    batch, head = index // heads, index % heads
+    programs = (tl.num_programs(0) // PARTS).to(tl.int64)
+    EXTENDED: tl.constexpr = M + 1 if NORMALISED else M
+    TO_TARGET: tl.constexpr = "target" if NORMALISED else ""
+    TO_SOURCE: tl.constexpr = "source" if NORMALISED else ""
+    q_strides, k_strides, v_strides = (q_b, q_h, q_n, q_d), (k_b, k_h, k_n, k_d), (v_b, v_h, v_n, v_d)
+    out_grad_strides = (out_grad_b, out_grad_h, out_grad_n, out_grad_d)
+    if part < KEY_BLOCKS:
+        dots = q_dots
+        if q_dots is not None:
+            dots += part * programs * length
+        meeting, met_place = after_grad, met
+        if met is None:
+            meeting = None
+        else:
+            met_place += part * programs + index
+        scan(
+            out_grad,
+            out_grad_strides,
+            v,
+            v_strides,
+            k,
+            k_strides,
+            q_grad,
+            (q_grad_b, q_grad_h, q_grad_n, q_grad_d),
+            q,
+            q_strides,
+            log_decay,
+            reciprocals,
+            entering,
+            None,
+            delta,
+            None,
+            dots,
+            None,
+            before,
+            (before_b, before_h, before_m, before_d),
+            None,
+            None,
+            meeting,
+            (after_grad_b, after_grad_h, after_grad_m, after_grad_d),
+            met_place,
+            batch,
+            head,
+            heads,
+            part * COLUMNS_D,
+            length,
+            scale,
+            M,
+            D,
+            BLOCK_M,
+            COLUMNS_D,
+            CHUNK,
+            STAGES,
+            False,
+            DECAY,
+            "identity",
+            FEATURE,
+            False,
+            TO_TARGET,
+            OPERAND,
+            ACC,
+            PRECISION,
+            SPLIT,
+            TMA,
+        )
+    elif part < 2 * KEY_BLOCKS:
+        dots = k_dots
+        if k_dots is not None:
+            dots += (part - KEY_BLOCKS) * programs * length
+        whole = weight_dots
+        if weight_dots is not None:
+            whole += (part - KEY_BLOCKS) * programs * length
+        scan(
+            v,
+            v_strides,
+            out_grad,
+            out_grad_strides,
+            q,
+            q_strides,
+            k_grad,
+            (k_grad_b, k_grad_h, k_grad_n, k_grad_d),
+            k,
+            k_strides,
+            log_decay,
+            entering,
+            reciprocals,
+            None,
+            delta,
+            None,
+            dots,
+            whole,
+            after_grad,
+            (after_grad_b, after_grad_h, after_grad_m, after_grad_d),
+            before_grad,
+            (heads * D * EXTENDED, D * EXTENDED, 1, EXTENDED),
+            None,
+            None,
+            None,
+            batch,
+            head,
+            heads,
+            (part - KEY_BLOCKS) * COLUMNS_D,
+            length,
+            scale,
+            M,
+            D,
+            BLOCK_M,
+            COLUMNS_D,
+            CHUNK,
+            STAGES,
+            True,
+            DECAY,
+            "identity",
+            FEATURE,
+            False,
+            TO_SOURCE,
+            OPERAND,
+            ACC,
+            PRECISION,
+            SPLIT,
+            TMA,
+        )
+    else:
+        scan(
+            k,
+            k_strides,
+            q,
+            q_strides,
+            out_grad,
+            out_grad_strides,
+            v_grad,
+            (v_grad_b, v_grad_h, v_grad_n, v_grad_d),
+            None,
+            None,
+            log_decay,
+            entering,
+            reciprocals,
+            skip,
+            None,
+            None,
+            None,
+            None,
+            after_grad,
+            (after_grad_b, after_grad_h, after_grad_d, after_grad_m),
+            None,
+            None,
+            None,
+            None,
+            None,
+            batch,
+            head,
+            heads,
+            (part - 2 * KEY_BLOCKS) * COLUMNS_M,
+            length,
+            scale,
+            D,
+            M,
+            BLOCK_D,
+            COLUMNS_M,
+            CHUNK,
+            STAGES,
+            True,
+            DECAY,
+            FEATURE,
+            "identity",
+            False,
+            "",
+            OPERAND,
+            ACC,
+            PRECISION,
+            False,
+            TMA,
+        )

@@ -1,0 +1,135 @@
+"""Tiles, warps and stages of every kernel, by architecture, dtype and width: fixed tables, nothing is timed."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+WIDEST = 256
+"""D and M that the kernels take."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What the products are computed in."""
+
+    operand: str
+    """What the operands of a product are converted to, see :func:`~linbench_kernels.additive.tiles.operand`."""
+    accumulator: Any
+    """Triton's dtype of sums, states and everything elementwise."""
+    precision: str
+    """``tf32`` where operands have no more digits than that; ``tf32x3`` splits fp32 in three on NVIDIA; ``ieee``."""
+    state: torch.dtype
+    """The accumulator as torch names it."""
+
+
+def arithmetic(dtype: torch.dtype, arch: str) -> Arithmetic:
+    """bf16 in bf16; fp16 in tf32, which has its digits and the range that a state needs; fp32 to its full precision."""
+    if dtype is torch.float64:
+        return Arithmetic("fp64", tl.float64, "ieee", torch.float64)
+    if dtype is torch.bfloat16:
+        return Arithmetic("bf16", tl.float32, "ieee", torch.float32)
+    nvidia = arch.startswith("sm_")
+    fp32 = "tf32x3" if nvidia else "ieee"
+    return Arithmetic("fp32", tl.float32, "tf32" if dtype is torch.float16 and nvidia else fp32, torch.float32)
+
+
+def precise_arithmetic(dtype: torch.dtype, arch: str) -> Arithmetic:
+    """Of a backward with a gradient of the decays, in which sums over all tokens cancel almost.
+
+    bf16 with what it loses multiplied as well (``SPLIT``), fp16 as fp32 is else, fp32 in fp64.
+    """
+    wider = {torch.float16: torch.float32, torch.float32: torch.float64}
+    return arithmetic(wider.get(dtype, dtype), arch)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to compile a kernel."""
+
+    chunk: int
+    """C, tokens of a chunk."""
+    columns: int
+    """Of the state and the output in one program, at most."""
+    warps: int
+    stages: int
+    """Chunks that are loaded ahead, the one at work included."""
+    tma: bool = False
+    """Copies by descriptor where the tensors allow it: see :func:`~linbench_kernels.additive.tiles.described`."""
+
+
+def block(width: int) -> int:
+    """The power of two that holds a width, 16 at least, as products of tiles ask for."""
+    return int(max(16, triton.next_power_of_2(width)))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What of a call decides how it is compiled."""
+
+    pass_: str
+    """``forward`` or ``backward``."""
+    arch: str
+    operand_bytes: int
+    """Of what products are computed in: 2 for bf16, 4 for tf32 and fp32, 8 for fp64."""
+    key_dim: int
+    value_dim: int
+    decay: str
+    extra: bool
+    """Features, weights of tokens or a gradient of the decays: what is computed for every number of a tile."""
+    aligned: bool
+    """Whether descriptors can describe q, k, v and what goes with them."""
+
+
+@functools.cache
+def config(task: Task) -> Config:
+    """The configuration of a task: the widest block of columns that compiles without spills and leaves room for two.
+
+    A wide block reads the operands that all blocks share less often; a narrow one needs fewer registers. What each
+    choice comes to in registers is in ``results/kernel_costs.md``; none has been timed.
+    """
+    width = max(block(task.key_dim), block(task.value_dim))
+    if task.operand_bytes > 2:
+        return _wide_operands(task, width)
+    if task.arch in ("sm_90", "interpreter") or task.arch.startswith(("sm_10", "sm_12")):
+        return _with_descriptors(task, width)
+    if task.arch.startswith("gfx"):
+        return Config(chunk=64 if width <= 64 else 32, columns=64 if width <= 64 else 32, warps=4, stages=2)
+    light = task.decay == "none" and not task.extra
+    if width <= 64:
+        return Config(chunk=64, columns=64 if light else 32, warps=8 if task.extra else 4, stages=2)
+    if width <= 128 and task.pass_ == "forward":
+        return Config(chunk=64, columns=32, warps=4 if light else 8, stages=2)
+    return Config(chunk=32, columns=32, warps=8, stages=2)
+
+
+def _with_descriptors(task: Task, width: int) -> Config:
+    """Hopper and later; on Blackwell never more than four warps, with which Triton before 3.8 races."""
+    tma = task.aligned and task.arch != "interpreter"
+    light = task.decay == "none" and not task.extra
+    if width <= 64:
+        if task.pass_ == "backward" and task.extra and task.decay == "token":
+            return Config(chunk=64, columns=32, warps=4, stages=2, tma=tma)
+        stages = 3 if light and tma and task.pass_ == "forward" else 2
+        return Config(chunk=64, columns=64, warps=4, stages=stages, tma=tma)
+    if width > 128:
+        return Config(chunk=32, columns=32, warps=8, stages=2, tma=tma)
+    if task.extra and (task.decay != "none" or task.pass_ == "backward"):
+        return Config(chunk=64, columns=32, warps=4, stages=2, tma=tma)
+    if task.arch.startswith("sm_1"):
+        columns = 64 if light or task.pass_ == "forward" else 32
+        return Config(chunk=64, columns=columns, warps=4, stages=2, tma=tma)
+    few = task.pass_ == "forward" and not task.extra
+    return Config(chunk=64, columns=64, warps=4 if few else 8, stages=2, tma=tma)
+
+
+def _wide_operands(task: Task, width: int) -> Config:
+    """Products of fp32 or fp64: tiles of twice or four times the bytes, and three products for one in tf32x3."""
+    if task.operand_bytes == 8:
+        return Config(chunk=16, columns=16, warps=8, stages=1)
+    return Config(chunk=32, columns=32 if width <= 128 else 16, warps=8, stages=2)

@@ -1,0 +1,334 @@
+"""From tensors to launches: shapes and strides in, results allocated in the layout of what they belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from linbench_kernels.additive.backward import backward_kernel
+from linbench_kernels.additive.configs import Arithmetic, Task, arithmetic, block, config, precise_arithmetic
+from linbench_kernels.additive.forward import forward_kernel
+from linbench_kernels.additive.rows import row_dots_kernel
+from linbench_kernels.additive.step import step_kernel
+from linbench_kernels.additive.totals import decay_gradient_kernel
+from linbench_kernels.device import architecture
+
+NO_STRIDES = (0, 0, 0, 0)
+
+
+def decay_kind(log_decay: Tensor | None) -> str:
+    """``none``, ``head`` for ``[H]`` or ``token`` for ``[B, H, N]``."""
+    return "none" if log_decay is None else {1: "head", 3: "token"}[log_decay.ndim]
+
+
+def small(x: Tensor | None) -> Tensor | None:
+    """Numbers per head or token, contiguous; D times smaller than q, so that a copy of them costs nothing."""
+    return None if x is None else x.contiguous()
+
+
+def arch_of(x: Tensor) -> str:
+    """The architecture that a tensor lives on."""
+    return architecture(x.device.index or 0)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    feature: str,
+    normalised: bool,
+    keep_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state (empty unless asked for) and the divisors of the rows (empty unless normalised)."""
+    batch, heads, length, key_dim = q.shape
+    value_dim = v.shape[-1]
+    arch = arch_of(q)
+    numbers = arithmetic(q.dtype, arch)
+    out = torch.empty_like(v)
+    extended = value_dim + normalised
+    state = q.new_empty(batch, heads, key_dim, extended, dtype=numbers.state) if keep_state else None
+    divisors = q.new_empty(batch, heads, length, dtype=numbers.state) if normalised else None
+    kind = decay_kind(log_decay)
+    tiles = (q, k, v, out)
+    extra = entering is not None or feature != "identity"
+    chosen = config(task("forward", arch, numbers, key_dim, value_dim, kind, extra, tiles))
+    columns = min(chosen.columns, block(value_dim))
+    if chosen.tma:
+        triton.set_allocator(scratch)
+    if q.shape[0] * q.shape[1] > 0:
+        forward_kernel[(batch * heads * triton.cdiv(value_dim, columns),)](
+            q,
+            k,
+            v,
+            out,
+            small(log_decay),
+            small(entering),
+            small(skip),
+            divisors,
+            initial_state,
+            state,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *out.stride(),
+            *strides(initial_state),
+            heads,
+            length,
+            scale=scale,
+            D=key_dim,
+            M=value_dim,
+            BLOCK_D=block(key_dim),
+            COLUMNS=columns,
+            CHUNK=chosen.chunk,
+            STAGES=chosen.stages,
+            DECAY=kind,
+            FEATURE=feature,
+            NORMALISED=normalised,
+            **products(numbers),
+            TMA=chosen.tma,
+            num_warps=chosen.warps,
+        )
+    return out, q.new_empty(0) if state is None else state, q.new_empty(0) if divisors is None else divisors
+
+
+def backward(
+    out_grad: Tensor,
+    state_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    divisors: Tensor | None,
+    scale: float,
+    feature: str,
+    normalised: bool,
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, the log decay, the entering weights, the skip and the initial state; empty for None.
+
+    Args:
+        out: of the forward, where it is normalised; ``divisors`` the same.
+        decay_grad: whether the decays are to have one.
+    """
+    batch, heads, length, key_dim = q.shape
+    value_dim = v.shape[-1]
+    arch = arch_of(q)
+    numbers = precise_arithmetic(q.dtype, arch) if decay_grad else arithmetic(q.dtype, arch)
+    kind = decay_kind(log_decay)
+    entering, skip, log_decay = small(entering), small(skip), small(log_decay)
+    q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q, k, v))
+    tiles = (q, k, v, out_grad, q_grad, k_grad, v_grad)
+    extra = decay_grad or entering is not None or feature != "identity"
+    chosen = config(task("backward", arch, numbers, key_dim, value_dim, kind, extra, tiles))
+    columns_d, columns_m = (min(chosen.columns, block(width)) for width in (key_dim, value_dim))
+    key_blocks, value_blocks = triton.cdiv(key_dim, columns_d), triton.cdiv(value_dim, columns_m)
+
+    def per_token(*parts: int) -> Tensor:
+        return q.new_empty(*parts, batch, heads, length, dtype=numbers.state)
+
+    q_dots = per_token(key_blocks) if decay_grad else None
+    k_dots = per_token(key_blocks) if decay_grad or entering is not None else None
+    weight_dots = per_token(key_blocks) if entering is not None else None
+    met = q.new_empty(key_blocks, batch * heads, dtype=numbers.state) if decay_grad and state_grad is not None else None
+    before_grad = None
+    if initial_state is not None:
+        shape = (batch, heads, key_dim, value_dim + normalised)
+        before_grad = q.new_empty(shape, dtype=numbers.state)
+    delta = reciprocals = None
+    if normalised and out is not None and divisors is not None:
+        reciprocals = torch.where(divisors == 0, 1.0, divisors).reciprocal()
+        delta = row_dots(out, out_grad, numbers)
+    if chosen.tma:
+        triton.set_allocator(scratch)
+    backward_kernel[(batch * heads * (2 * key_blocks + value_blocks),)](
+        q,
+        k,
+        v,
+        out_grad,
+        q_grad,
+        k_grad,
+        v_grad,
+        log_decay,
+        entering,
+        skip,
+        reciprocals,
+        delta,
+        q_dots,
+        k_dots,
+        weight_dots,
+        initial_state,
+        state_grad,
+        before_grad,
+        met,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *out_grad.stride(),
+        *q_grad.stride(),
+        *k_grad.stride(),
+        *v_grad.stride(),
+        *strides(initial_state),
+        *strides(state_grad),
+        heads,
+        length,
+        scale=scale,
+        D=key_dim,
+        M=value_dim,
+        BLOCK_D=block(key_dim),
+        BLOCK_M=block(value_dim),
+        COLUMNS_D=columns_d,
+        COLUMNS_M=columns_m,
+        CHUNK=chosen.chunk,
+        STAGES=chosen.stages,
+        DECAY=kind,
+        FEATURE=feature,
+        NORMALISED=normalised,
+        **products(numbers),
+        SPLIT=decay_grad and q.dtype is torch.bfloat16,
+        TMA=chosen.tma,
+        num_warps=chosen.warps,
+    )
+    log_decay_grad, entering_grad, skip_grad, state_result = (q.new_empty(0) for _ in range(4))
+    if decay_grad and log_decay is not None and q_dots is not None and k_dots is not None:
+        log_decay_grad = decay_gradient(q_dots, k_dots, reciprocals, entering, met)
+        if kind == "head":
+            log_decay_grad = log_decay_grad.sum((0, 2))
+        log_decay_grad = log_decay_grad.to(log_decay.dtype)
+    if entering is not None and weight_dots is not None:
+        entering_grad = weight_dots.sum(0).to(entering.dtype)
+    if skip is not None:
+        skip_grad = row_dots(v, out_grad, numbers).sum((0, 2)).neg().to(skip.dtype)
+    if before_grad is not None and initial_state is not None:
+        state_result = before_grad.to(initial_state.dtype)
+    return q_grad, k_grad, v_grad, log_decay_grad, entering_grad, skip_grad, state_result
+
+
+def row_dots(out: Tensor, out_grad: Tensor, numbers: Arithmetic) -> Tensor:
+    """−⟨do, o⟩ of every row, ``[B, H, N]``."""
+    batch, heads, length, value_dim = out.shape
+    delta = out.new_empty(batch, heads, length, dtype=numbers.state)
+    rows = 64
+    row_dots_kernel[(batch * heads, triton.cdiv(length, rows))](
+        out,
+        out_grad,
+        delta,
+        *out.stride(),
+        *out_grad.stride(),
+        heads,
+        length,
+        M=value_dim,
+        BLOCK_M=block(value_dim),
+        ROWS=rows,
+        ACC=numbers.accumulator,
+        num_warps=4,
+    )
+    return delta
+
+
+def decay_gradient(
+    q_dots: Tensor, k_dots: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, met: Tensor | None
+) -> Tensor:
+    """``[B, H, N]``, from dots ``[blocks, B, H, N]``."""
+    blocks, batch, heads, length = q_dots.shape
+    gradient = torch.empty_like(q_dots[0])
+    decay_gradient_kernel[(batch * heads,)](
+        q_dots, k_dots, q_weight, k_weight, met, gradient, length, BLOCKS=blocks, ROWS=1024, num_warps=4
+    )
+    return gradient
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    skip: Tensor | None,
+    scale: float,
+    feature: str,
+    normalised: bool,
+) -> Tensor:
+    """One token: o ``[B, H, M]``; the state is changed."""
+    batch, heads, key_dim = q.shape
+    value_dim = v.shape[-1]
+    numbers = arithmetic(q.dtype, arch_of(q))
+    out = v.new_empty(batch, heads, value_dim)
+    columns = min(16 if key_dim > 64 else 32, block(value_dim))
+    kind = "none" if log_decay is None else {1: "head", 2: "token"}[log_decay.ndim]
+    step_kernel[(batch * heads, 1 if normalised else triton.cdiv(value_dim, columns))](
+        q,
+        k,
+        v,
+        state,
+        out,
+        small(log_decay),
+        small(entering),
+        small(skip),
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *state.stride(),
+        heads,
+        scale=scale,
+        D=key_dim,
+        M=value_dim,
+        BLOCK_D=block(key_dim),
+        COLUMNS=columns,
+        DECAY=kind,
+        FEATURE=feature,
+        NORMALISED=normalised,
+        ACC=numbers.accumulator,
+        num_warps=4,
+    )
+    return out
+
+
+def task(
+    pass_: str,
+    arch: str,
+    numbers: Arithmetic,
+    key_dim: int,
+    value_dim: int,
+    decay: str,
+    extra: bool,
+    tiles: tuple[Tensor, ...],
+) -> Task:
+    """What decides the configuration; descriptors need 16 bytes at every step but the last, which is 1."""
+    operand_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[numbers.operand]
+    aligned = all(described(x) for x in tiles)
+    return Task(pass_, arch, operand_bytes, key_dim, value_dim, decay, extra, aligned)
+
+
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel writes its descriptors; Triton asks for it at every launch, in the thread that launches."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def described(x: Tensor) -> bool:
+    """Whether a descriptor can describe every ``x[batch, head]``."""
+    step = 16 // x.element_size()
+    whole = x.data_ptr() % 16 == 0 and all(number % step == 0 for number in x.stride()[:-1])
+    return whole and x.stride(-1) == 1 and x.stride(2) > 0
+
+
+def strides(x: Tensor | None) -> tuple[int, ...]:
+    """The strides of a state; zeros for none."""
+    return NO_STRIDES if x is None else x.stride()
+
+
+def products(numbers: Arithmetic) -> dict[str, Any]:
+    """The arithmetic as arguments of a kernel."""
+    return {"OPERAND": numbers.operand, "ACC": numbers.accumulator, "PRECISION": numbers.precision}

@@ -1,0 +1,304 @@
+"""The operators of the family for torch: custom operators with shapes for tracing, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linbench_kernels.additive import launch
+from linbench_kernels.additive.configs import WIDEST
+from linbench_kernels.device import unavailable
+
+FEATURES = ("identity", "relu", "elu_plus_one")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    entering: Tensor | None = None,
+    skip: Tensor | None = None,
+    scale: float = 1.0,
+    feature: str = "identity",
+    normalised: bool = False,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """o_t = scale · φ(q_t) S_t + skip · v_t with S_t = exp(log_decay_t) S_{t−1} + entering_t φ(k_t)ᵀ v_t.
+
+    Sums are kept in fp32 (fp64 for fp64). Differentiable in every tensor, once. Tensors are taken in the strides that
+    they have, and results come in those of what they belong to.
+
+    Args:
+        q: ``[B, H, N, D]``; bf16, fp16, fp32 or fp64, as k ``[B, H, N, D]`` and v ``[B, H, N, M]``; D and M up to 256.
+        log_decay: natural logarithm, ≤ 0, ``[H]`` or ``[B, H, N]``; −∞ forgets all.
+        entering: ``[B, H, N]``; ones when None.
+        skip: ``[H]``; zeros when None.
+        feature: φ, by name: ``identity``, ``relu``, ``elu_plus_one``.
+        normalised: rows are divided by the sum of their weights, φ(q_t)·z_t with z_t = exp(log_decay_t) z_{t−1} +
+            entering_t φ(k_t); a sum of 0 gives a row of 0. Without ``scale`` and ``skip``. States then have a column
+            more, z.
+        initial_state: S_0 ``[B, H, D, M]``, or ``[B, H, D, M + 1]`` when normalised; zeros when None.
+        return_state: whether S_N is wanted.
+
+    Returns:
+        o ``[B, H, N, M]`` in the dtype of v, and S_N in fp32 (fp64), or None.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not go together, or no device for kernels.
+    """
+    check(q, k, v, feature)
+    batch, heads, length, key_dim = q.shape
+    shape = (batch, heads, key_dim, v.shape[-1] + normalised)
+    expect("log_decay", log_decay, (heads,), (batch, heads, length))
+    expect("entering", entering, (batch, heads, length))
+    expect("skip", skip, (heads,))
+    expect("initial_state", initial_state, shape)
+    if normalised and (scale != 1 or skip is not None):
+        raise ValueError("normalised rows take neither scale nor skip")
+    if not length:
+        raise ValueError("N = 0: a token at least is needed")
+    operands = (q, k, v, log_decay, entering, skip, initial_state)
+    out, state, _ = attention_op(*operands, float(scale), feature, normalised, return_state)
+    return out, state if return_state else None
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    entering: Tensor | None = None,
+    skip: Tensor | None = None,
+    scale: float = 1.0,
+    feature: str = "identity",
+    normalised: bool = False,
+) -> Tensor:
+    """One token of :func:`attention`: o ``[B, H, M]``; ``state`` is changed in place, and read and written once.
+
+    Args:
+        q: ``[B, H, D]``, as k; v ``[B, H, M]``.
+        state: ``[B, H, D, M]``, or ``[B, H, D, M + 1]`` when normalised; fp32 (fp64 for fp64).
+        log_decay: ``[H]`` or ``[B, H]``; ``entering`` ``[B, H]``.
+
+    Raises:
+        ValueError: as in :func:`attention`.
+    """
+    check(q[:, :, None], k[:, :, None], v[:, :, None], feature)
+    batch, heads, key_dim = q.shape
+    expect("log_decay", log_decay, (heads,), (batch, heads))
+    expect("entering", entering, (batch, heads))
+    expect("skip", skip, (heads,))
+    expect("state", state, (batch, heads, key_dim, v.shape[-1] + normalised))
+    if normalised and (scale != 1 or skip is not None):
+        raise ValueError("normalised rows take neither scale nor skip")
+    out: Tensor = step_op(q, k, v, state, log_decay, entering, skip, float(scale), feature, normalised)
+    return out
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, feature: str) -> None:
+    """Refuse what no kernel takes, in a sentence."""
+    if q.ndim != 4 or q.shape != k.shape or q.shape[:-1] != v.shape[:-1]:
+        found = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        raise ValueError(f"{found}: q and k of one shape [B, H, N, D] and v [B, H, N, M] are needed")
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of {DTYPES} for all is needed")
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        raise ValueError(f"D = {q.shape[-1]}, M = {v.shape[-1]}: at most {WIDEST} is supported")
+    if feature not in FEATURES:
+        raise ValueError(f"unknown feature '{feature}'; choose from {', '.join(FEATURES)}")
+    if (reason := unavailable(q.device)) is not None:
+        raise ValueError(reason)
+
+
+def expect(name: str, x: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape."""
+    if x is not None and tuple(x.shape) not in shapes:
+        choices = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} is {list(x.shape)}; {choices} is needed")
+
+
+@torch.library.custom_op("linbench::additive_attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    feature: str,
+    normalised: bool,
+    keep_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`~linbench_kernels.additive.launch.forward` as an operator of torch."""
+    return launch.forward(q, k, v, log_decay, entering, skip, initial_state, scale, feature, normalised, keep_state)
+
+
+@attention_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    feature: str,
+    normalised: bool,
+    keep_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, length, key_dim = q.shape
+    precise = torch.promote_types(q.dtype, torch.float32)
+    shapes = ((batch, heads, key_dim, v.shape[-1] + normalised), (batch, heads, length))
+    state, divisors = (
+        q.new_empty(shape, dtype=precise) if wanted else q.new_empty(0)
+        for shape, wanted in zip(shapes, (keep_state, normalised), strict=True)
+    )
+    return torch.empty_like(v), state, divisors
+
+
+@torch.library.custom_op("linbench::additive_attention_backward", mutates_args=())
+def backward_op(
+    out_grad: Tensor,
+    state_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    divisors: Tensor | None,
+    scale: float,
+    feature: str,
+    normalised: bool,
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`~linbench_kernels.additive.launch.backward` as an operator of torch."""
+    return launch.backward(
+        out_grad,
+        state_grad,
+        q,
+        k,
+        v,
+        out,
+        log_decay,
+        entering,
+        skip,
+        initial_state,
+        divisors,
+        scale,
+        feature,
+        normalised,
+        decay_grad,
+    )
+
+
+@backward_op.register_fake
+def _(
+    out_grad: Tensor,
+    state_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    divisors: Tensor | None,
+    scale: float,
+    feature: str,
+    normalised: bool,
+    decay_grad: bool,
+) -> tuple[Tensor, ...]:
+    def like(x: Tensor | None, wanted: bool = True) -> Tensor:
+        return q.new_empty(0) if x is None or not wanted else x.new_empty(x.shape)
+
+    grads = (torch.empty_like(x) for x in (q, k, v))
+    return (*grads, like(log_decay, decay_grad), like(entering), like(skip), like(initial_state))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, log_decay, entering, skip, initial_state, *options = inputs
+    ctx.scale, ctx.feature, ctx.normalised, ctx.keep_state = options
+    out, state, divisors = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(divisors)
+    if not ctx.keep_state:
+        ctx.mark_non_differentiable(state)
+    ctx.decay_grad = log_decay is not None and ctx.needs_input_grad[3]
+    kept = (out if ctx.normalised else None, divisors if ctx.normalised else None)
+    ctx.save_for_backward(q, k, v, log_decay, entering, skip, initial_state, *kept)
+
+
+def _backward(ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, entering, skip, initial_state, out, divisors = ctx.saved_tensors
+    if out_grad is None:
+        out_grad = torch.zeros_like(v)
+    grads = backward_op(
+        out_grad,
+        state_grad,
+        q,
+        k,
+        v,
+        out,
+        log_decay,
+        entering,
+        skip,
+        initial_state,
+        divisors,
+        ctx.scale,
+        ctx.feature,
+        ctx.normalised,
+        ctx.decay_grad,
+    )
+    there = (True, True, True, ctx.decay_grad, *(x is not None for x in (entering, skip, initial_state)))
+    return *(grad if given else None for grad, given in zip(grads, there, strict=True)), None, None, None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("linbench::additive_step", mutates_args=("state",))
+def step_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    skip: Tensor | None,
+    scale: float,
+    feature: str,
+    normalised: bool,
+) -> Tensor:
+    """:func:`~linbench_kernels.additive.launch.step` as an operator of torch."""
+    return launch.step(q, k, v, state, log_decay, entering, skip, scale, feature, normalised)
+
+
+@step_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    skip: Tensor | None,
+    scale: float,
+    feature: str,
+    normalised: bool,
+) -> Tensor:
+    return v.new_empty(v.shape)

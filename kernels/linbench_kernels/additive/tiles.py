@@ -1,0 +1,147 @@
+"""Tiles of [B, H, N, ·] tensors in any strides: load, store, and the feature map with its slope."""
+
+import triton
+import triton.language as tl
+
+from linbench_kernels import device
+
+INTERPRETED = tl.constexpr(device.INTERPRETED)
+
+
+@triton.jit
+def described(
+    x, strides, batch, head, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
+):
+    """``x[batch, head]`` for :func:`load_tile` and :func:`store_tile`: a descriptor and None, or what was given.
+
+    A descriptor (TMA) has its copies made by a unit of their own, which needs no registers for addresses. It takes rows
+    of 16 bytes, and a multiple of them from row to row.
+    """
+    if TMA:
+        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+        return tl.make_tensor_descriptor(start, [length, WIDTH], [strides[2], 1], [ROWS, COLUMNS]), None
+    else:
+        return x, strides
+
+
+@triton.jit
+def load_tile(
+    x, strides, batch, head, row, column, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """``x[batch, head, row:row + ROWS, column:column + COLUMNS]`` of ``[B, H, length, WIDTH]``, zeros outside of it."""
+    if strides is None:
+        return x.load([row, column])
+    else:
+        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+        rows, columns = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        inside = (rows < length - row)[:, None]
+        if WIDTH % COLUMNS != 0:
+            inside = inside & (columns < WIDTH)[None, :]
+        return tl.load(start + rows[:, None] * strides[2] + columns[None, :] * strides[3], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    x, strides, batch, head, row, column, length, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Write what of the tile lies inside, in the dtype of ``x``."""
+    if strides is None:
+        x.store([row, column], stored(tile, x.dtype))
+    else:
+        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+        rows, columns = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        inside = (rows < length - row)[:, None]
+        if WIDTH % COLUMNS != 0:
+            inside = inside & (columns < WIDTH)[None, :]
+        places = start + rows[:, None] * strides[2] + columns[None, :] * strides[3]
+        tl.store(places, stored(tile, x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rounded(x):
+    """Fp32 rounded to what bf16 can hold, to nearest even, which the interpreter's own conversion does not do."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.uint32).to(tl.float32, bitcast=True), x)  # noqa: PLR0124  NaN stays NaN
+
+
+@triton.jit
+def operand(x, OPERAND: tl.constexpr):
+    """A tile as an operand of a product: ``bf16``, ``fp32`` or ``fp64``.
+
+    In the interpreter, whose products cannot read bf16, it is rounded to bf16 all the same and multiplied in fp32.
+    """
+    if OPERAND == "bf16":
+        if INTERPRETED:
+            return rounded(x.to(tl.float32))
+        else:
+            return x.to(tl.bfloat16)
+    elif OPERAND == "fp64":
+        return x.to(tl.float64)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def rest(x, high, OPERAND: tl.constexpr):
+    """What rounding took from ``x`` to make ``high`` of it, as a second operand: the two together have 16 bits."""
+    return operand(x - high.to(x.dtype), OPERAND)
+
+
+@triton.jit
+def stored(x, DTYPE: tl.constexpr):
+    """A tile as it is written to memory."""
+    if INTERPRETED:
+        if DTYPE == tl.bfloat16:
+            x = rounded(x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def load_row(x, batch, head, heads, row, length, ROWS: tl.constexpr, DTYPE: tl.constexpr):
+    """``x[batch, head, row:row + ROWS]`` of a contiguous ``[B, H, length]``, zeros outside of it."""
+    start = x + (batch.to(tl.int64) * heads + head) * length + row
+    rows = tl.arange(0, ROWS)
+    return tl.load(start + rows, mask=rows < length - row, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def store_row(x, batch, head, heads, row, length, values, ROWS: tl.constexpr):
+    """Write what of the row lies inside."""
+    start = x + (batch.to(tl.int64) * heads + head) * length + row
+    rows = tl.arange(0, ROWS)
+    tl.store(start + rows, stored(values, x.dtype.element_ty), mask=rows < length - row)
+
+
+@triton.jit
+def state_places(x, strides, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to ``[ROWS, COLUMNS]`` of a state whose rows and columns are the last two of the given strides."""
+    start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    return start + rows[:, None] * strides[2] + columns[None, :] * strides[3]
+
+
+@triton.jit
+def featured(
+    x, row, column, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, FEATURE: tl.constexpr
+):
+    """φ of a tile in fp32 or fp64, zero outside the tensor, where φ(0) would not be."""
+    if FEATURE == "relu":
+        x = tl.maximum(x, 0.0)
+    if FEATURE == "elu_plus_one":
+        x = tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)
+        inside = (row + tl.arange(0, ROWS) < length)[:, None]
+        if WIDTH % COLUMNS != 0:
+            inside = inside & (column + tl.arange(0, COLUMNS) < WIDTH)[None, :]
+        x = tl.where(inside, x, 0.0)
+    return x
+
+
+@triton.jit
+def slope(x, FEATURE: tl.constexpr):
+    """The derivative of φ; 0 for relu at 0, as in torch."""
+    if FEATURE == "relu":
+        return tl.where(x > 0, 1.0, 0.0).to(x.dtype)
+    if FEATURE == "elu_plus_one":
+        return tl.exp(tl.minimum(x, 0.0))
+    return x

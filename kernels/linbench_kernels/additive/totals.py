@@ -1,0 +1,52 @@
+"""Gradients of the decays from the dots that the backward kept: a sum from the end, one program for every head."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["length"])
+def decay_gradient_kernel(
+    q_dots,
+    k_dots,
+    q_weight,
+    k_weight,
+    met,
+    gradient,
+    length,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """d(log decay)_t = Σ_{s≥t} (q_s·dq_s − k_s·dk_s) + ⟨S_N, dS_N⟩, exact in exact arithmetic.
+
+    A log decay multiplies all that later tokens see of earlier ones; the sum of what the later ones see, less what
+    they say themselves, is that. Grid (B·H,).
+
+    Args:
+        q_dots: ``[BLOCKS, B·H, N]``, summed over the first; ``k_dots`` the same.
+        q_weight: ``[B·H, N]`` that the dots have yet to be multiplied by, or None; ``k_weight`` the same.
+        met: ⟨S_N, dS_N⟩, ``[BLOCKS, B·H]``, summed over the first, or None.
+        gradient: ``[B·H, N]``.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    from_later = tl.zeros([1], dtype=tl.float64)
+    if met is not None:
+        for block in tl.static_range(BLOCKS):
+            from_later += tl.load(met + block * tl.num_programs(0) + head)
+    blocks = tl.cdiv(length, ROWS)
+    for index in range(0, blocks):
+        places = (blocks - 1 - index) * ROWS + tl.arange(0, ROWS)
+        inside = places < length
+        q_sum = tl.zeros([ROWS], dtype=tl.float64)
+        k_sum = tl.zeros([ROWS], dtype=tl.float64)
+        for block in tl.static_range(BLOCKS):
+            start = (block * tl.num_programs(0) + head) * length
+            q_sum += tl.load(q_dots + start + places, mask=inside, other=0.0)
+            k_sum += tl.load(k_dots + start + places, mask=inside, other=0.0)
+        if q_weight is not None:
+            q_sum *= tl.load(q_weight + head * length + places, mask=inside, other=0.0)
+        if k_weight is not None:
+            k_sum *= tl.load(k_weight + head * length + places, mask=inside, other=0.0)
+        change = q_sum - k_sum
+        total = tl.sum(change, 0)
+        tl.store(gradient + head * length + places, from_later + total - tl.cumsum(change, 0) + change, mask=inside)
+        from_later += total

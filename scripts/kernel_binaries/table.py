@@ -1,0 +1,103 @@
+"""The objects of `scripts/kernel_costs` as lines and as a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEAD = """# What the kernels cost by their binaries
+
+Made by `scripts/kernel_costs` with {versions}, on a machine without a GPU. Nothing here is a measured time.
+The JSON file beside this has more: every class of instruction, the intermediates in bytes.
+
+- **tile**: tokens of a chunk × columns of a program, warps, chunks loaded ahead, and how: `tma` or by pointers.
+- **spill**: bytes per thread that are stored and loaded because registers ran out; 0 is the budget for bf16 up to 128.
+- **CTA**: programs that fit one multiprocessor by registers, shared memory and threads.
+- **serialised**: warnings of ptxas that products wait for each other (C7510 to C7515); 0 is the budget.
+- **in the loop**: instructions of the longest innermost loop: all, on tensor cores (`mma`), asynchronous loads, shared
+  memory, special functions (`exp2`), barriers. In the backward it is the longest of its scans.
+- **moved**: U, tensors of B·H·N·D that cross memory when every scan reads its operands once and blocks of columns
+  find each other's in the cache. dk and dv walk in step and may find each other's too; that is not counted.
+- **predicted**: ms on an H200 at 4.3 TB/s for B = 8, H = 16, N = 8192, from `moved` alone. Predicted, never measured.
+
+"""
+COLUMNS = (
+    "mechanism",
+    "pass",
+    "dtype",
+    "D = M",
+    "tile",
+    "registers",
+    "stack",
+    "spill",
+    "shared KiB",
+    "CTA",
+    "serialised",
+    "in the loop",
+    "mma",
+    "async",
+    "shared",
+    "exp2",
+    "barrier",
+    "moved U",
+    "predicted ms",
+)
+
+
+def page(rows: list[dict[str, Any]], versions: str) -> str:
+    """Markdown: one table for every architecture."""
+    parts = [HEAD.format(versions=versions)]
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        parts += [f"## {arch}\n\n", f"| {' | '.join(COLUMNS)} |\n"]
+        parts.append("| --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 3) + "\n")
+        parts += [f"| {' | '.join(cells(row))} |\n" for row in rows if row["arch"] == arch]
+        parts.append("\n")
+    return "".join(parts).rstrip() + "\n"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One line of a table."""
+    loop = row["in_loop"]
+    shared = loop["load_shared"] + loop["store_shared"]
+    known = [
+        ", ".join(row["mechanisms"]),
+        row["kernel"] if row["kernel"] == row["pass"] else f"{row['pass']}: {row['kernel']}",
+        row["dtype"],
+        row["key_dim"],
+        tile(row["config"]),
+        row["registers"],
+        row["stack_bytes"],
+        row["spill_bytes"],
+        f"{row['shared_bytes'] / 1024:.0f}",
+        row["ctas_per_multiprocessor"],
+        "–" if row["serialised_wgmma"] is None else row["serialised_wgmma"],
+        loop["all"],
+        loop["tensor_core"],
+        loop["asynchronous_load"],
+        shared,
+        loop["special_function"],
+        loop["barrier"],
+        "–" if row["moved_tensors"] is None else row["moved_tensors"],
+        "–" if row["predicted_h200_ms"] is None else row["predicted_h200_ms"],
+    ]
+    return [str(value) for value in known]
+
+
+def tile(config: dict[str, Any]) -> str:
+    """A configuration in a word."""
+    if "chunk" not in config:
+        return f"{config['warps']}w"
+    copies = " tma" if config["tma"] else ""
+    return f"{config['chunk']}×{config['columns']} {config['warps']}w {config['stages']}s{copies}"
+
+
+def name(row: dict[str, Any]) -> str:
+    """What a row is about."""
+    return f"{row['arch']} {row['mechanisms'][0]} {row['pass']} {row['kernel']} {row['dtype']} {row['key_dim']}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as it is printed while compiling."""
+    return (
+        f"{name(row)}, {tile(row['config'])}: {row['registers']} registers, {row['spill_bytes']} B spilled, "
+        f"{row['shared_bytes']} B shared, loop of {row['in_loop']['all']}, serialised {row['serialised_wgmma']}"
+    )
