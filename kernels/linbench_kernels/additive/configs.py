@@ -122,8 +122,8 @@ def _with_descriptors(task: Task, width: int) -> Config:
     if task.extra and (task.decay != "none" or task.pass_ == "backward"):
         return Config(chunk=64, columns=32, warps=4, stages=2, tma=tma)
     if task.arch.startswith("sm_1"):
-        columns = 64 if light or task.pass_ == "forward" else 32
-        return Config(chunk=64, columns=columns, warps=4, stages=2, tma=tma)
+        columns = 64 if task.pass_ == "forward" or light else 32
+        return Config(chunk=32 if task.extra else 64, columns=columns, warps=4, stages=2, tma=tma)
     few = task.pass_ == "forward" and not task.extra
     return Config(chunk=64, columns=64, warps=4 if few else 8, stages=2, tma=tma)
 
