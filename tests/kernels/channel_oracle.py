@@ -42,9 +42,9 @@ class Case:
 
     batch: int = 1
     heads: int = 2
-    tokens: int = 45
-    key_dim: int = 20
-    value_dim: int = 24
+    tokens: int = 35
+    key_dim: int = 12
+    value_dim: int = 20
     dtype: torch.dtype = torch.float32
     strength: float = 0.1
     """Of the decays: −log α is uniform between 0 and twice that."""

@@ -31,7 +31,7 @@ class Task:
     """What of a call decides how it is compiled."""
 
     pass_: str
-    """``forward`` or ``backward``."""
+    """``forward``, or of the backward ``queries`` or ``keys``."""
     arch: str
     operand_bytes: int
     """Of what products are computed in: 2 for bf16, 4 for tf32 and fp32, 8 for fp64."""
@@ -53,6 +53,15 @@ def config(task: Task) -> Config:
     if task.operand_bytes > 2:
         return Config(chunk=CHUNK, columns=16, warps=8 if width > 64 else 4, stages=1)
     if task.arch == "sm_90" or task.arch.startswith(("sm_10", "sm_12")):
-        tma = task.aligned and width > 64
-        return Config(chunk=CHUNK, columns=64, warps=4 if width <= 64 else 8, stages=2, tma=tma)
-    return Config(chunk=CHUNK, columns=32, warps=4 if width <= 128 else 8, stages=2)
+        return _of_hopper(task, width)
+    return Config(chunk=CHUNK, columns=32, warps=4 if width <= 64 else 8, stages=2)
+
+
+def _of_hopper(task: Task, width: int) -> Config:
+    """And later: blocks of 64 columns at least, for products of warp groups; descriptors where registers are short."""
+    tma = task.aligned and task.pass_ == "keys"
+    if width <= 64:
+        return Config(chunk=CHUNK, columns=64 if tma or task.pass_ == "forward" else 32, warps=4, stages=2, tma=tma)
+    if width <= 128:
+        return Config(chunk=CHUNK, columns=128 if task.pass_ == "forward" else 64, warps=8, stages=2, tma=tma)
+    return Config(chunk=CHUNK, columns=64, warps=8, stages=1, tma=tma)

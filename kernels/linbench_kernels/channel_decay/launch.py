@@ -10,7 +10,7 @@ from linbench_kernels.additive.configs import arithmetic, block
 from linbench_kernels.additive.launch import described, products, scratch, strides
 from linbench_kernels.channel_decay.backward_keys import keys_kernel
 from linbench_kernels.channel_decay.backward_queries import queries_values_kernel
-from linbench_kernels.channel_decay.configs import config, task
+from linbench_kernels.channel_decay.configs import Config, config, task
 from linbench_kernels.channel_decay.forward import forward_kernel
 from linbench_kernels.channel_decay.step import step_kernel
 from linbench_kernels.device import architecture
@@ -71,11 +71,8 @@ def forward(
             M=value_dim,
             BLOCK_D=block(key_dim),
             COLUMNS_M=columns,
-            CHUNK=chosen.chunk,
-            STAGES=chosen.stages,
             **products(numbers),
-            TMA=chosen.tma,
-            num_warps=chosen.warps,
+            **compiled(chosen),
         )
     return out, q.new_empty(0) if state is None else state
 
@@ -103,8 +100,8 @@ def backward(
     numbers = arithmetic(q.dtype, arch)
     q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q, k, v))
     aligned = all(described(x) for x in (q, k, v, out_grad, q_grad, k_grad, v_grad))
-    chosen = config(task("backward", arch, numbers, key_dim, value_dim, aligned))
-    if chosen.tma:
+    first, second = (config(task(name, arch, numbers, key_dim, value_dim, aligned)) for name in ("queries", "keys"))
+    if first.tma or second.tma:
         triton.set_allocator(scratch)
     decay_grad = torch.empty_like(log_decay) if with_decay else None
     q_dots = torch.empty_like(log_decay, dtype=numbers.state) if with_decay else None
@@ -119,18 +116,14 @@ def backward(
         "D": key_dim,
         "M": value_dim,
         "BLOCK_M": block(value_dim),
-        "CHUNK": chosen.chunk,
-        "STAGES": chosen.stages,
         **products(numbers),
         "SPLIT": with_decay and q.dtype is torch.bfloat16,
-        "TMA": chosen.tma,
-        "num_warps": chosen.warps,
     }
-    columns_d, columns_m = (min(chosen.columns, block(width)) for width in (key_dim, value_dim))
-    key_blocks, value_blocks = triton.cdiv(key_dim, columns_d), triton.cdiv(value_dim, columns_m)
+    columns_d, columns_m = (min(first.columns, block(width)) for width in (key_dim, value_dim))
+    parts = triton.cdiv(key_dim, columns_d) + triton.cdiv(value_dim, columns_m)
     bonus = small(bonus)
     if batch * heads > 0:
-        queries_values_kernel[(batch * heads * (key_blocks + value_blocks),)](
+        queries_values_kernel[(batch * heads * parts,)](
             q,
             k,
             v,
@@ -153,8 +146,10 @@ def backward(
             COLUMNS_D=columns_d,
             COLUMNS_M=columns_m,
             **shared,
+            **compiled(first),
         )
-        keys_kernel[(batch * heads * key_blocks,)](
+        columns_d = min(second.columns, block(key_dim))
+        keys_kernel[(batch * heads * triton.cdiv(key_dim, columns_d),)](
             q,
             k,
             v,
@@ -176,6 +171,7 @@ def backward(
             length,
             COLUMNS_D=columns_d,
             **shared,
+            **compiled(second),
         )
     if decay_grad is None:
         decay_grad = q.new_empty(0)
@@ -216,3 +212,8 @@ def step(
             num_warps=4,
         )
     return out
+
+
+def compiled(chosen: Config) -> dict[str, int | bool]:
+    """A configuration, but for its columns, as arguments of a kernel."""
+    return {"CHUNK": chosen.chunk, "STAGES": chosen.stages, "TMA": chosen.tma, "num_warps": chosen.warps}

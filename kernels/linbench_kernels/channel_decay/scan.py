@@ -19,9 +19,7 @@ over s ≤ t, or over s ≥ t in ``REVERSE``. A program walks the sequence in ch
 The state is kept with the columns of the output first: products with it have 64 rows or more, as Hopper's warp groups
 ask for, where a chunk has 16, and it enters them from the registers that it lies in.
 
-No exponential is of a positive number, whatever the decays: inside a chunk a pair meets at the border between the
-halves of the smallest block of 2, 4, 8, … tokens that has both; what the later one has faded since the border and what
-the earlier one fades up to it are factors of at most one, and one product of tiles serves all pairs of a level.
+Pairs inside a chunk are in ``within.py``.
 """
 
 import triton
@@ -29,49 +27,7 @@ import triton.language as tl
 
 from linbench_kernels.additive.scan import LOG2_E, SHUT, SHUT_64
 from linbench_kernels.additive.tiles import described, load_tile, operand, rest, state_places, store_tile
-
-
-@triton.jit
-def fading(exponents, ACC: tl.constexpr):
-    """2 to the sum of log2 decays, which is 0 at most but for rounding of a difference."""
-    return tl.exp2(tl.minimum(exponents, 0.0).to(ACC))
-
-
-@triton.jit
-def met_halfway(sums, read, HALF: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
-    """Weights ``[CHUNK, WIDTH]`` between each token and the middle of its block of 2 · HALF tokens, at most one.
-
-    Args:
-        sums: log2 decays up to and with each token, from the beginning of the chunk.
-        read: the same as the query sees it: ``sums``, or without the token itself.
-    """
-    BLOCKS: tl.constexpr = CHUNK // (2 * HALF)
-    place = tl.arange(0, 2 * HALF)[None, :, None]
-    blocks = tl.reshape(sums, [BLOCKS, 2 * HALF, WIDTH])
-    border = tl.sum(tl.where(place == HALF - 1, blocks, 0.0), 1)[:, None, :]
-    since = tl.reshape(read, [BLOCKS, 2 * HALF, WIDTH]) - border
-    exponents = tl.where(place >= HALF, since, border - blocks)
-    return fading(tl.reshape(exponents, [CHUNK, WIDTH]), ACC)
-
-
-@triton.jit
-def met_there(targets, sources, HALF: tl.constexpr, REVERSE: tl.constexpr):
-    """Whether a target and a source meet at the middle of a block of 2 · HALF tokens, the source being the earlier one.
-
-    Or the later one in REVERSE. Both are places in the chunk, of shapes that broadcast.
-    """
-    same = targets // (2 * HALF) == sources // (2 * HALF)
-    if REVERSE:
-        return same & (targets % (2 * HALF) < HALF) & (sources % (2 * HALF) >= HALF)
-    else:
-        return same & (targets % (2 * HALF) >= HALF) & (sources % (2 * HALF) < HALF)
-
-
-@triton.jit
-def load_channels(x, head, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """``x[head, column:column + BLOCK]`` of a contiguous ``[·, WIDTH]``, zeros outside."""
-    channels = column + tl.arange(0, BLOCK)
-    return tl.load(x + head.to(tl.int64) * WIDTH + channels, mask=channels < WIDTH, other=0.0).to(ACC)
+from linbench_kernels.channel_decay.within import fading, load_channels, rows_within, scores_within
 
 
 @triton.jit
@@ -158,10 +114,8 @@ def scan(
         state = tl.load(places, mask=inside, other=0.0).to(ACC)
         if REVERSE:
             state /= scale
-    if bonus is not None:
-        bonus_row = load_channels(bonus, head, first, FADING_WIDTH, FADING, ACC)
-        if bonus_grad is not None:
-            bonus_sum = tl.zeros([COLUMNS], dtype=ACC)
+    if bonus_grad is not None:
+        bonus_sum = tl.zeros([COLUMNS], dtype=ACC)
     if decay_grad is not None:
         later = tl.zeros([COLUMNS], dtype=tl.float64)
         if met is not None:
@@ -189,46 +143,60 @@ def scan(
         past = operand(state, OPERAND)
 
         if INNER:
-            faded = operand(a_tile.to(ACC) * coming, OPERAND)
-            acc = tl.dot(past, tl.trans(faded), input_precision=PRECISION, out_dtype=ACC)
-            itself = a_tile
-            if bonus is not None:
-                itself = operand(a_tile.to(ACC) * bonus_row[None, :], OPERAND)
-            scores = tl.dot(b_tile, tl.trans(itself), input_precision=PRECISION, out_dtype=ACC)
-            scores = tl.where(same, scores, 0.0)
-            for level in tl.static_range(4):
-                if 2**level < CHUNK:
-                    weight = met_halfway(sums, read, 2**level, CHUNK, FADING, ACC)
-                    targets = operand(a_tile.to(ACC) * weight, OPERAND)
-                    sources = operand(b_tile.to(ACC) * weight, OPERAND)
-                    found = tl.dot(sources, tl.trans(targets), input_precision=PRECISION, out_dtype=ACC)
-                    scores = tl.where(met_there(tokens[None, :], tokens[:, None], 2**level, REVERSE), found, scores)
-            acc = tl.dot(tl.trans(c_tile), operand(scores, OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
-            result = tl.trans(acc)
-            written = operand(b_tile.to(ACC) * leaving, OPERAND)
+            a_faded, b_faded = a_tile.to(ACC) * coming, b_tile.to(ACC) * leaving
+            query_faded = a_faded
+            if REVERSE:
+                query_faded = b_faded
+            high = operand(a_faded, OPERAND)
+            acc = tl.dot(past, tl.trans(high), input_precision=PRECISION, out_dtype=ACC)
+            if SPLIT:
+                lost = rest(state, past, OPERAND)
+                acc = tl.dot(lost, tl.trans(high), acc, input_precision=PRECISION, out_dtype=ACC)
+                lost = rest(a_faded, high, OPERAND)
+                acc = tl.dot(past, tl.trans(lost), acc, input_precision=PRECISION, out_dtype=ACC)
             state *= over_chunk[None, :]
+            written = operand(b_faded, OPERAND)
             state = tl.dot(tl.trans(c_tile), written, state, input_precision=PRECISION, out_dtype=ACC)
+            if SPLIT:
+                lost = rest(b_faded, written, OPERAND)
+                state = tl.dot(tl.trans(c_tile), lost, state, input_precision=PRECISION, out_dtype=ACC)
+            scores = scores_within(
+                a_tile,
+                b_tile,
+                query_faded,
+                bonus,
+                head,
+                sums,
+                read,
+                K,
+                CHUNK,
+                FADING,
+                REVERSE,
+                OPERAND,
+                ACC,
+                PRECISION,
+                SPLIT,
+            )
+            high = operand(scores, OPERAND)
+            acc = tl.dot(tl.trans(c_tile), high, acc, input_precision=PRECISION, out_dtype=ACC)
+            if OPERAND == "bf16":
+                lost = rest(scores, high, OPERAND)
+                acc = tl.dot(tl.trans(c_tile), lost, acc, input_precision=PRECISION, out_dtype=ACC)
+            result = tl.trans(acc)
         else:
+            query_weight = coming
+            if REVERSE:
+                query_weight = leaving
+            c_faded = c_tile.to(ACC) * leaving
             acc = tl.dot(past, tl.trans(a_tile), input_precision=PRECISION, out_dtype=ACC)
             if SPLIT:
                 lost = rest(state, past, OPERAND)
                 acc = tl.dot(lost, tl.trans(a_tile), acc, input_precision=PRECISION, out_dtype=ACC)
-            result = tl.trans(acc) * coming
             pairs = tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION, out_dtype=ACC)
-            for level in tl.static_range(4):
-                if 2**level < CHUNK:
-                    weight = met_halfway(sums, read, 2**level, CHUNK, FADING, ACC)
-                    meets = met_there(tokens[:, None], tokens[None, :], 2**level, REVERSE)
-                    chosen = tl.where(meets, pairs, 0.0)
-                    faded = c_tile.to(ACC) * weight
-                    left, right = operand(chosen, OPERAND), operand(faded, OPERAND)
-                    found = tl.dot(left, right, input_precision=PRECISION, out_dtype=ACC)
-                    if SPLIT:
-                        lost = rest(chosen, left, OPERAND)
-                        found = tl.dot(lost, right, found, input_precision=PRECISION, out_dtype=ACC)
-                        lost = rest(faded, right, OPERAND)
-                        found = tl.dot(left, lost, found, input_precision=PRECISION, out_dtype=ACC)
-                    result += found * weight
+            result = tl.trans(acc) * coming
+            result += rows_within(
+                pairs, c_tile, query_weight, sums, read, CHUNK, COLUMNS, REVERSE, OPERAND, ACC, PRECISION, SPLIT
+            )
             own_tile = operand(
                 load_tile(own, own_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH), OPERAND
             ).to(ACC)
@@ -264,14 +232,13 @@ def scan(
             if bonus is not None:
                 if bonus_grad is not None:
                     bonus_sum += tl.sum(of_itself * own_tile, 0)
-                of_itself *= bonus_row[None, :]
+                of_itself *= load_channels(bonus, head, column, WIDTH, COLUMNS, ACC)[None, :]
             result += of_itself
-            faded = c_tile.to(ACC) * leaving
-            written = operand(faded, OPERAND)
+            written = operand(c_faded, OPERAND)
             state *= over_chunk[:, None]
             state = tl.dot(tl.trans(written), b_tile, state, input_precision=PRECISION, out_dtype=ACC)
             if SPLIT:
-                lost = rest(faded, written, OPERAND)
+                lost = rest(c_faded, written, OPERAND)
                 state = tl.dot(tl.trans(lost), b_tile, state, input_precision=PRECISION, out_dtype=ACC)
         store_tile(out, out_strides, batch, head, row, column, length, result * scale, CHUNK, COLUMNS, WIDTH)
 
