@@ -122,7 +122,8 @@ def scores_within(
     else:
         seen = sources < targets
         mild = mild[None, :] & (sources >= 0)
-        scores = product(b_tile.to(ACC) * lift, tl.trans(query_faded), OPERAND, ACC, PRECISION, SPLIT)
+        WHOLE: tl.constexpr = SPLIT or OPERAND == "bf16"
+        scores = product(b_tile.to(ACC) * lift, tl.trans(query_faded), OPERAND, ACC, PRECISION, WHOLE)
     scores = tl.where(sources == targets, of_itself, tl.where(seen & mild, scores, 0.0))
     if tl.min(tl.min(sums, 1), 0) < MILD:
         for level in tl.static_range(4):
