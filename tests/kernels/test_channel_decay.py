@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from channel_oracle import Case, errors, over, recurrence
-from linbench_kernels.channel_decay import attention, step
+from linbench_kernels.channel_decay import attention, launch, step
 from linbench_kernels.channel_decay.operator import attention_op, step_op
 from linbench_kernels.channel_decay.within import MILD as MILD_CONSTEXPR
+from linbench_kernels.device import INTERPRETED
 from oracle import relative
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -44,6 +45,18 @@ def test_any_width(key_dim: int, value_dim: int, device: torch.device) -> None:
 def test_every_width(key_dim: int, value_dim: int, dtype: torch.dtype, bonus: bool, device: torch.device) -> None:
     case = Case(tokens=37, key_dim=key_dim, value_dim=value_dim, dtype=dtype, bonus=bonus)
     assert over(case, device, TOLERANCE[dtype]) == {}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="there the default is what the device has")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_defaults_of_every_architecture(
+    arch: str, width: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On sm_90 with tiles by descriptor."""
+    monkeypatch.setattr(launch, "arch_of", lambda _: arch)
+    case = Case(tokens=20, heads=1, key_dim=width, value_dim=width - 8, dtype=torch.bfloat16, strength=2.0)
+    assert over(case, device, TOLERANCE[torch.bfloat16]) == {}
 
 
 @pytest.mark.parametrize("layout", ["BNH", "slice", "columns"])

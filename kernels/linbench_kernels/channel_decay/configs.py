@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from linbench_kernels.additive.configs import Arithmetic, block
 
 CHUNK = 16
-"""Tokens that a program takes at once: as many as one product of tiles has rows; twice as many would add a level."""
+"""Tokens that a program takes at once: as many as one product of tiles has rows."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def task(pass_: str, arch: str, numbers: Arithmetic, key_dim: int, value_dim: in
 
 @functools.cache
 def config(task: Task) -> Config:
-    """The configuration of a task: the widest block of columns, up to 64, that compiles without spills."""
+    """The configuration of a task: the widest block of columns that compiles with few spills or none."""
     width = max(block(task.key_dim), block(task.value_dim))
     if task.operand_bytes > 2:
         return Config(chunk=CHUNK, columns=16, warps=8 if width > 64 else 4, stages=1)
@@ -58,10 +58,10 @@ def config(task: Task) -> Config:
 
 
 def _of_hopper(task: Task, width: int) -> Config:
-    """And later: blocks of 64 columns at least, for products of warp groups; descriptors where registers are short."""
+    """And later: blocks of 64 columns and more, which warp groups multiply, where registers allow it."""
     tma = task.aligned and task.pass_ == "keys"
     if width <= 64:
         return Config(chunk=CHUNK, columns=64 if tma or task.pass_ == "forward" else 32, warps=4, stages=2, tma=tma)
     if width <= 128:
         return Config(chunk=CHUNK, columns=128 if task.pass_ == "forward" else 64, warps=8, stages=2, tma=tma)
-    return Config(chunk=CHUNK, columns=64, warps=8, stages=1, tma=tma)
+    return Config(chunk=CHUNK, columns=32 if task.pass_ == "keys" else 64, warps=8, stages=1)
