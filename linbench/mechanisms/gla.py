@@ -51,6 +51,10 @@ class GLA(DecayState):
         after = rest[0].exp()[..., None] * state[0] + k[..., None] * v[..., None, :]
         return (q[..., None, :] @ after).squeeze(-2) * self.geometry.key_dim**-0.5, (after,)
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """Fused: one kernel forward and two backward, which store no states."""
+        return self.fused(q, k, v, **extras)
+
     def operands(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Operands:
         """As they are."""
         return Operands(q, k, v, extras["log_decay"], scale=self.geometry.key_dim**-0.5)

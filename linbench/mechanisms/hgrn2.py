@@ -48,6 +48,10 @@ class HGRN2(DecayState):
         after = forget[..., None] * state[0] + entering[..., None] * v[..., None, :]
         return (q[..., None, :] @ after).squeeze(-2), (after,)
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """Fused: one kernel forward and two backward, which store no states."""
+        return self.fused(q, k, v, **extras)
+
     def operands(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Operands:
         """1 − α without cancellation, and log α from the form that keeps its digits."""
         logits = k.to(compute_dtype(k))

@@ -60,6 +60,10 @@ class RWKV6(DecayState):
         out = (q[..., None, :] @ (state[0] + bonus[..., None] * entering)).squeeze(-2)
         return out, (log_decay.exp()[..., None] * state[0] + entering,)
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """Fused: one kernel forward and two backward, which store no states."""
+        return self.fused(q, k, v, **extras)
+
     def operands(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Operands:
         """As they are."""
         return Operands(q, k, v, extras["log_decay"], bonus=self.bonus)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from linbench.cell import Cell
+from linbench.errors import UsageError
+from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.decay import decayed_attention
 from linbench.mechanisms.cores.recurrence import Recurrence
 from linbench.mechanisms.cores.segments import State
 from linbench.mechanisms.cores.slabs import CHUNK
+from linbench.mechanisms.fused import unavailable
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,21 @@ class DecayState(Recurrence):
         x = self.operands(q, k, v, **extras)
         options = {"entering": x.entering, "bonus": x.bonus, "skip": x.skip}
         return decayed_attention(x.q, x.k, x.v, x.log_decay, scale=x.scale, **options)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """What ``forward_triton`` of a mechanism with a decay for every channel is; keys in the dtype of the values.
+
+        Raises:
+            UsageError: the kernels cannot run here.
+        """
+        self.check(q, k, extras)
+        if (reason := unavailable(q.device.type)) is not None:
+            raise UsageError(reason)
+        from linbench_kernels.channel_decay import attention
+
+        x = self.operands(q, k, v, **extras)
+        bonus = None if x.bonus is None else x.bonus.to(compute_dtype(v))
+        return attention(x.q, x.k.to(v.dtype), x.v, x.log_decay, bonus=bonus, scale=x.scale)[0]
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
         """One token: q, k ``[B, H, D]``, v ``[B, H, M]``, and the extras of that token."""
