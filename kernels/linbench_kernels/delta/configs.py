@@ -1,0 +1,55 @@
+"""Tiles, warps and stages of every kernel of the family, by architecture, dtype and width: fixed tables."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from linbench_kernels.additive.configs import Config, block
+
+KERNELS = ("inverse", "forward", "states", "reverse", "gradients")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What of a call decides how a kernel is compiled."""
+
+    kernel: str
+    """One of :data:`KERNELS`."""
+    arch: str
+    operand_bytes: int
+    """Of what products are computed in: 2 for bf16, 4 for tf32 and fp32, 8 for fp64."""
+    key_dim: int
+    value_dim: int
+    decay: bool
+    aligned: bool
+    """Whether descriptors can describe the tiles."""
+
+
+def chunk(arch: str, operand_bytes: int, key_dim: int, value_dim: int) -> int:
+    """C, which all kernels of a pass share: 64 at the usual sizes, where work in chunks and through states balance."""
+    if operand_bytes == 8:
+        return 16
+    if operand_bytes == 4 or max(key_dim, value_dim) > 128 or arch.startswith(("sm_8", "gfx")):
+        return 32
+    return 64
+
+
+@functools.cache
+def config(task: Task) -> Config:
+    """The configuration of a kernel: blocks of columns that compile without spills; none has been timed."""
+    tokens = chunk(task.arch, task.operand_bytes, task.key_dim, task.value_dim)
+    width = max(block(task.key_dim), block(task.value_dim))
+    warps, columns, stages = 4, 32, 2
+    if task.operand_bytes > 2:
+        columns = 16 if task.operand_bytes == 8 or width > 128 else 32
+        warps, stages = 8 if width > 64 else 4, 1
+    elif task.kernel == "inverse":
+        warps, stages = 4, 1
+    elif task.kernel == "gradients":
+        warps, columns, stages = 8, 32, 1
+    elif width > 128:
+        warps, columns = 8, 32
+    hopper = task.arch in ("sm_90",) or task.arch.startswith(("sm_10", "sm_12"))
+    tma = task.kernel in ("forward", "reverse") and hopper and task.aligned and task.operand_bytes == 2
+    return Config(chunk=tokens, columns=columns, warps=warps, stages=stages, tma=tma)

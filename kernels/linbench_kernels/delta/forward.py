@@ -1,0 +1,143 @@
+"""The forward pass: one scan over chunks with the state in registers, after the inverses of all chunks."""
+
+import triton
+import triton.language as tl
+
+from linbench_kernels.additive.tiles import described, load_row, load_tile, operand, state_places, store_tile
+from linbench_kernels.delta.rows import chunk_decays, load_rows, matrix_places
+
+
+@triton.jit(do_not_specialize=["length"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    q_factors,
+    k_factors,
+    beta,
+    log_decay,
+    inverse,
+    out,
+    residuals,
+    before,
+    after,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    out_b,
+    out_h,
+    out_n,
+    out_d,
+    before_b,
+    before_h,
+    before_d,
+    before_m,
+    heads,
+    length,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Grid (B·H · blocks of value columns,), the blocks of a head side by side.
+
+    Args:
+        beta: ``[B, H, N]``; ``log_decay`` the same, or None.
+        inverse: ``[B, H, chunks · CHUNK, CHUNK]``, (I + L diag β)^-1.
+        residuals: z = v − (what the state held for k), in the strides of ``out``; or None where no gradient is wanted.
+        before: S_0 ``[B, H, D, M]`` or None; ``after`` S_N, contiguous, or None.
+    """
+    BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
+    part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    batch, head = index // heads, index % heads
+    column = part * COLUMNS
+    chunks = tl.cdiv(length, CHUNK)
+    padded = chunks * CHUNK
+    q, q_strides = described(q, (q_b, q_h, q_n, q_d), batch, head, length, CHUNK, BLOCK_D, D, TMA)
+    k, k_strides = described(k, (k_b, k_h, k_n, k_d), batch, head, length, CHUNK, BLOCK_D, D, TMA)
+    v, v_strides = described(v, (v_b, v_h, v_n, v_d), batch, head, length, CHUNK, COLUMNS, M, TMA)
+    out, out_strides = described(out, (out_b, out_h, out_n, out_d), batch, head, length, CHUNK, COLUMNS, M, TMA)
+    if residuals is not None:
+        residuals, residuals_strides = described(
+            residuals, (out_b, out_h, out_n, out_d), batch, head, length, CHUNK, COLUMNS, M, TMA
+        )
+    inverse_strides = (0, 0, CHUNK, 1)
+    inverse += index.to(tl.int64) * padded * CHUNK
+    inverse, inverse_strides = described(inverse, inverse_strides, batch, head, padded, CHUNK, CHUNK, CHUNK, TMA)
+    state = tl.zeros([BLOCK_D, COLUMNS], dtype=ACC)
+    inside = (tl.arange(0, BLOCK_D) < D)[:, None] & (column + tl.arange(0, COLUMNS) < M)[None, :]
+    if before is not None:
+        places = state_places(
+            before, (before_b, before_h, before_d, before_m), batch, head, 0, column, BLOCK_D, COLUMNS
+        )
+        state = tl.load(places, mask=inside, other=0.0).to(ACC)
+    tokens = tl.arange(0, CHUNK)
+    visible = tokens[:, None] >= tokens[None, :]
+    for chunk in tl.range(0, chunks, num_stages=STAGES):
+        row = chunk * CHUNK
+        keys, of_keys = load_rows(
+            k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+        )
+        queries, of_queries = load_rows(
+            q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+        )
+        values = load_tile(v, v_strides, batch, head, row, column, length, CHUNK, COLUMNS, M).to(ACC)
+        solve = operand(load_tile(inverse, inverse_strides, batch, head, row, 0, padded, CHUNK, CHUNK, CHUNK), OPERAND)
+        weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
+        if log_decay is not None:
+            sums, since_start, to_end, over_chunk = chunk_decays(
+                log_decay, batch, head, heads, row, length, CHUNK, OPERAND, ACC
+            )
+
+        past = operand(state, OPERAND)
+        held = tl.dot(keys, past, input_precision=PRECISION, out_dtype=ACC)
+        reading = of_keys
+        if log_decay is not None:
+            reading *= since_start
+        held *= reading[:, None]
+        change = operand(values - held, OPERAND)
+        residual = tl.dot(solve, change, input_precision=PRECISION, out_dtype=ACC)
+        if residuals is not None:
+            store_tile(residuals, residuals_strides, batch, head, row, column, length, residual, CHUNK, COLUMNS, M)
+        corrections = residual * weight[:, None]
+
+        acc = tl.dot(queries, past, input_precision=PRECISION, out_dtype=ACC)
+        reading = of_queries
+        if log_decay is not None:
+            reading *= since_start
+        acc *= reading[:, None]
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
+        scores *= of_queries[:, None] * of_keys[None, :]
+        if log_decay is not None:
+            scores *= tl.exp2(tl.where(visible, sums[:, None] - sums[None, :], 0.0).to(ACC))
+        scores = tl.where(visible, scores, 0.0)
+        acc = tl.dot(
+            operand(scores, OPERAND), operand(corrections, OPERAND), acc, input_precision=PRECISION, out_dtype=ACC
+        )
+        store_tile(out, out_strides, batch, head, row, column, length, acc * scale, CHUNK, COLUMNS, M)
+
+        writing = of_keys
+        if log_decay is not None:
+            writing *= to_end
+            state *= over_chunk
+        corrections *= writing[:, None]
+        state = tl.dot(tl.trans(keys), operand(corrections, OPERAND), state, input_precision=PRECISION, out_dtype=ACC)
+    if after is not None:
+        places = matrix_places(after, index, column, D, M, BLOCK_D, COLUMNS)
+        tl.store(places, state, mask=inside)
