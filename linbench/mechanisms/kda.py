@@ -7,11 +7,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from linbench.mechanisms.base import Description, Gate, Geometry
-from linbench.mechanisms.deltanet import DeltaNet
+from linbench.mechanisms.cores.delta_rule import DeltaRule
 from linbench.mechanisms.gated_deltanet import DecayGate
 
 
-class KimiDeltaAttention(DeltaNet):
+class KimiDeltaAttention(DeltaRule):
     """S_t = (I − β_t k_t k_tᵀ) Diag(α_t) S_{t−1} + β_t k_t v_tᵀ, o_t = D^-1/2 S_tᵀ q_t, k and q of norm one (eq. 1).
 
     As :class:`~linbench.mechanisms.gated_deltanet.GatedDeltaNet` with a decay per key channel, log α_t = −A_h

@@ -165,7 +165,7 @@ def test_a_sequence_in_pieces_is_the_whole(device: torch.device) -> None:
 def test_the_gradient_of_decays_does_not_drift_over_many_tokens(device: torch.device) -> None:
     """It is gathered within chunks: what bf16 loses of sums over all later tokens is in none of it."""
     case = DeltaCase(heads=1, tokens=520, decay="token", dtype=torch.bfloat16, initial=False, strength=1e-3)
-    assert delta_errors(case, device)["log_decay"] <= TOLERANCE[torch.bfloat16]
+    assert delta_errors(case, device)["log_decay"] <= 2e-2
 
 
 @pytest.mark.slow
@@ -213,3 +213,22 @@ def test_what_no_kernel_takes_is_refused_in_a_sentence(device: torch.device) -> 
         attention(*(tensor.new_zeros(1, 1, 2, 257) for tensor in (x["q"], x["k"], x["v"])), x["beta"])
     with pytest.raises(ValueError, match="initial_state is"):
         attention(x["q"], x["k"], x["v"], x["beta"], initial_state=x["initial_state"][..., :3])
+
+
+def test_mechanisms_have_the_kernels(device: torch.device) -> None:
+    """In bf16 as they are timed, q and k of any norm; KDA, whose channels decay on their own, has none yet."""
+    from linbench.mechanisms.base import Geometry
+    from linbench.mechanisms.deltanet import DeltaNet
+    from linbench.mechanisms.gated_deltanet import GatedDeltaNet
+    from linbench.mechanisms.kda import KimiDeltaAttention
+
+    x = DeltaCase(tokens=40, decay="token", dtype=torch.bfloat16, initial=False).operands(device)
+    geometry = Geometry(2, 20, 24, causal=True, implementation="triton")
+    for cls, names in ((DeltaNet, ("beta",)), (GatedDeltaNet, ("beta", "log_decay"))):
+        mechanism = cls(geometry, negative_eigenvalues=True)
+        extras = {name: x[name] for name in names}
+        found = mechanism(x["q"], x["k"], x["v"], **extras)
+        wide = {name: tensor.cpu().double() for name, tensor in extras.items()}
+        expected = mechanism.reference(*(x[name].cpu().double() for name in "qkv"), **wide)
+        assert relative(found, expected) <= TOLERANCE[torch.bfloat16]
+    assert "triton" not in KimiDeltaAttention.implementations()

@@ -45,6 +45,32 @@ def from_each(dots):
 
 
 @triton.jit
+def scores(
+    x,
+    x_strides,
+    x_factors,
+    y,
+    y_strides,
+    y_factors,
+    batch,
+    head,
+    heads,
+    row,
+    length,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products of rows, their factors left out: made before all else, when registers are free; rows are loaded anew."""
+    rows, _ = load_rows(x, x_strides, x_factors, batch, head, heads, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC)
+    others, _ = load_rows(y, y_strides, y_factors, batch, head, heads, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC)
+    return tl.dot(rows, tl.trans(others), input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
 def query_part(
     q,
     q_strides,
@@ -80,6 +106,26 @@ def query_part(
     PRECISION: tl.constexpr,
 ):
     """The gradient of q, and of the decays what goes through it."""
+    if log_decay is not None:
+        crossing = scores(
+            q,
+            q_strides,
+            q_factors,
+            k,
+            k_strides,
+            k_factors,
+            batch,
+            head,
+            heads,
+            row,
+            length,
+            CHUNK,
+            BLOCK_D,
+            D,
+            OPERAND,
+            ACC,
+            PRECISION,
+        )
     weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
     pairs = tl.zeros([CHUNK, CHUNK], dtype=ACC)
     gradient = tl.zeros([CHUNK, BLOCK_D], dtype=ACC)
@@ -107,7 +153,7 @@ def query_part(
     gradient *= since[:, None]
     if log_decay is not None:
         dots = tl.sum(queries.to(ACC) * gradient, 1)
-        crossing = tl.dot(queries, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC) * pairs
+        crossing *= pairs
         crossing = tl.where(tokens[:, None] > tokens[None, :], crossing * of_queries[:, None], 0.0)
         dots = of_queries * dots + tl.sum(crossing, 1) - tl.sum(crossing, 0)
         store_row(decay_dots, batch, head, heads, row, length, from_each(dots), CHUNK)
@@ -159,6 +205,26 @@ def key_part(
     Scores of pairs are wanted both ways round and computed both ways: an accumulator that is turned over to be the left
     operand of the next product is miscompiled for Hopper by Triton before 3.7.1.
     """
+    if log_decay is not None:
+        crossing = scores(
+            k,
+            k_strides,
+            k_factors,
+            k,
+            k_strides,
+            k_factors,
+            batch,
+            head,
+            heads,
+            row,
+            length,
+            CHUNK,
+            BLOCK_D,
+            D,
+            OPERAND,
+            ACC,
+            PRECISION,
+        )
     weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
     pairs = tl.zeros([CHUNK, CHUNK], dtype=ACC)
     turned = tl.zeros([CHUNK, CHUNK], dtype=ACC)
@@ -206,7 +272,6 @@ def key_part(
         pairs *= decays
         turned *= decays
         query_turned *= decays
-        crossing = tl.dot(keys, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
         crossing = tl.where(earlier, -crossing * pairs * of_keys[:, None] * of_keys[None, :], 0.0)
         dots += tl.sum(crossing, 1) - tl.sum(crossing, 0)
         all_through = tl.cumsum(kept, 0) - kept + over_chunk * tl.sum(met, 0)

@@ -94,7 +94,9 @@ class Sizes:
 def sizes(q: Tensor, v: Tensor, log_decay: Tensor | None) -> Sizes:
     """Of a call."""
     arch = arch_of(q)
-    return Sizes(*q.shape, v.shape[-1], arch, arithmetic(q.dtype, arch), log_decay is not None)
+    batch, heads, length, key_dim = q.shape
+    numbers = arithmetic(q.dtype, arch)
+    return Sizes(batch, heads, length, key_dim, v.shape[-1], arch, numbers, log_decay is not None)
 
 
 def inverse(
@@ -179,7 +181,8 @@ def forward(
             TMA=chosen.tma,
         )
     kept = (state, residuals, both if keep_residuals else None)
-    return out, *(q.new_empty(0) if x is None else x for x in kept)
+    final, differences, norms = (q.new_empty(0) if x is None else x for x in kept)
+    return out, final, differences, norms
 
 
 def backward(
