@@ -47,9 +47,9 @@ def config(task: Task) -> Config:
     elif task.kernel == "inverse":
         warps, stages = 4, 1
     elif task.kernel == "gradients":
-        warps, columns, stages = 8, 32, 1
-    elif width > 128:
-        warps, columns = 8, 32
+        warps, columns = 8, 16 if task.arch.startswith("sm_8") else 32
+    elif width > 128 or (task.arch.startswith("sm_8") and task.kernel == "reverse"):
+        warps = 8
     hopper = task.arch in ("sm_90",) or task.arch.startswith(("sm_10", "sm_12"))
     tma = task.kernel in ("forward", "reverse") and hopper and task.aligned and task.operand_bytes == 2
     return Config(chunk=tokens, columns=columns, warps=warps, stages=stages, tma=tma)

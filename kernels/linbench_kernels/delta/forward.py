@@ -59,7 +59,7 @@ def forward_kernel(
 
     Args:
         beta: ``[B, H, N]``; ``log_decay`` the same, or None.
-        inverse: ``[B, H, chunks · CHUNK, CHUNK]``, (I + L diag β)^-1.
+        inverse: ``[B, H, chunks · CHUNK, CHUNK]``, (I + L diag β)^-1 − I.
         residuals: z = v − (what the state held for k), in the strides of ``out``; or None where no gradient is wanted.
         before: S_0 ``[B, H, D, M]`` or None; ``after`` S_N, contiguous, or None.
     """
@@ -111,8 +111,8 @@ def forward_kernel(
         if log_decay is not None:
             reading *= since_start
         held *= reading[:, None]
-        change = operand(values - held, OPERAND)
-        residual = tl.dot(solve, change, input_precision=PRECISION, out_dtype=ACC)
+        residual = values - held
+        residual = tl.dot(solve, operand(residual, OPERAND), residual, input_precision=PRECISION, out_dtype=ACC)
         if residuals is not None:
             store_tile(residuals, residuals_strides, batch, head, row, column, length, residual, CHUNK, COLUMNS, M)
         corrections = residual * weight[:, None]

@@ -77,7 +77,9 @@ def inverse_kernel(
     PRECISION: tl.constexpr,
     SOLVE: tl.constexpr,
 ):
-    """(I + L diag β)^-1, or (I + diag β L)^-T if TRANSPOSED, of one chunk. Grid (B·H · chunks,).
+    """(I + L diag β)^-1, or (I + diag β L)^-T if TRANSPOSED, of one chunk, less I. Grid (B·H · chunks,).
+
+    The diagonal is all ones: without it what is rounded to bf16 is only what is added to an operand of full precision.
 
     Args:
         q: None, or what is to have norm one, as k: factors are written; without it they are read, or None for ones.
@@ -118,6 +120,7 @@ def inverse_kernel(
         scores *= factors[:, None] * (weight * factors)[None, :]
     system = tl.where(later, scores, 0.0).to(ACC)
     solved = tl.reshape(inverted(system[None, :, :], 1, CHUNK, SOLVE), [CHUNK, CHUNK])
+    solved = tl.where(later, solved, 0.0)
     if TRANSPOSED:
         solved = tl.trans(solved)
     padded = chunks * CHUNK

@@ -102,7 +102,7 @@ def sizes(q: Tensor, v: Tensor, log_decay: Tensor | None) -> Sizes:
 def inverse(
     q: Tensor | None, k: Tensor, factors: Factors, beta: Tensor, log_decay: Tensor | None, of: Sizes, transposed: bool
 ) -> Tensor:
-    """(I + L diag β)^-1 of every chunk, or (I + diag β L)^-T, ``[B, H, chunks · C, C]``.
+    """(I + L diag β)^-1 of every chunk, or (I + diag β L)^-T, less I; ``[B, H, chunks · C, C]``.
 
     With q, the factors of q and k are written.
     """

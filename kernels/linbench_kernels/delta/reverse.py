@@ -76,7 +76,7 @@ def reverse_kernel(
 
     Args:
         residuals: of the forward.
-        inverse: ``[B, H, chunks · CHUNK, CHUNK]``, (I + diag β L)^-T.
+        inverse: ``[B, H, chunks · CHUNK, CHUNK]``, (I + diag β L)^-T − I.
         beta_dots: ``[blocks, B, H, N]``, ⟨dX, z⟩ over these columns: the gradient of β.
         state_grads: ``[B, H, chunks, D, M]``, contiguous: the gradient of the state after every chunk.
         after_grad: of the last state, or None; ``before_grad``: of the first, contiguous, or None.
@@ -139,7 +139,7 @@ def reverse_kernel(
         corrections *= writing[:, None]
         scores = operand(tl.where(later, scores, 0.0), OPERAND)
         corrections = tl.dot(scores, out_grads, corrections, input_precision=PRECISION, out_dtype=ACC)
-        solved = tl.dot(solve, operand(corrections, OPERAND), input_precision=PRECISION, out_dtype=ACC)
+        solved = tl.dot(solve, operand(corrections, OPERAND), corrections, input_precision=PRECISION, out_dtype=ACC)
         store_row(beta_dots, batch, head, heads, row, length, tl.sum(solved * residual, 1), CHUNK)
         solved *= weight[:, None]
         store_tile(v_grad, v_grad_strides, batch, head, row, column, length, solved, CHUNK, COLUMNS, M)
