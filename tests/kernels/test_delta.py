@@ -7,8 +7,11 @@ import dataclasses
 import pytest
 import torch
 from delta_oracle import DeltaCase, delta_errors, delta_rule
-from linbench_kernels.delta import attention, step
+from linbench_kernels.additive.configs import Config
+from linbench_kernels.delta import attention, launch, step
+from linbench_kernels.delta.configs import Task, config
 from linbench_kernels.delta.operator import attention_op, step_op
+from linbench_kernels.device import INTERPRETED
 from oracle import Case, recurrence, relative
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -232,3 +235,35 @@ def test_mechanisms_have_the_kernels(device: torch.device) -> None:
         expected = mechanism.reference(*(x[name].cpu().double() for name in "qkv"), **wide)
         assert relative(found, expected) <= TOLERANCE[torch.bfloat16]
     assert "triton" not in KimiDeltaAttention.implementations()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="there the default is what the device has")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_by_descriptor(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Config] = []
+
+    def kept(task: Task) -> Config:
+        tma = task.aligned and task.kernel in {"forward", "reverse"}
+        chosen.append(dataclasses.replace(config(task), tma=tma))
+        return chosen[-1]
+
+    monkeypatch.setattr(launch, "config", kept)
+    assert_agrees(DeltaCase(tokens=70, key_dim=24, value_dim=40, decay="token", dtype=dtype, layout="BNH"), device)
+    assert [c.tma for c in chosen].count(True) == 2
+    chosen.clear()
+    assert_agrees(DeltaCase(tokens=9, key_dim=23, value_dim=40, dtype=dtype), device)
+    assert [c.tma for c in chosen].count(True) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="there the default is what the device has")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_defaults_of_every_architecture(
+    arch: str, width: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "arch_of", lambda _: arch)
+    case = DeltaCase(tokens=150, heads=1, key_dim=width, value_dim=width - 8, dtype=dtype)
+    assert_agrees(case, device)
+    assert_agrees(dataclasses.replace(case, decay="token"), device)

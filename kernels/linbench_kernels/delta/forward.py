@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import described, load_row, load_tile, operand, state_places, store_tile
+from linbench_kernels.additive.tiles import described, load_row, load_tile, operand, rest, state_places, store_tile
 from linbench_kernels.delta.rows import chunk_decays, load_rows, matrix_places
 
 
@@ -53,6 +53,7 @@ def forward_kernel(
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Grid (B·H · blocks of value columns,), the blocks of a head side by side.
@@ -61,6 +62,8 @@ def forward_kernel(
         beta: ``[B, H, N]``; ``log_decay`` the same, or None.
         inverse: ``[B, H, chunks · CHUNK, CHUNK]``, (I + L diag β)^-1 − I.
         residuals: z = v − (what the state held for k), in the strides of ``out``; or None where no gradient is wanted.
+        SPLIT: what bf16 loses of the corrections is multiplied as well: a state is the sum of all of them, and what it
+            has once got wrong stays.
         before: S_0 ``[B, H, D, M]`` or None; ``after`` S_N, contiguous, or None.
     """
     BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
@@ -127,9 +130,11 @@ def forward_kernel(
         if log_decay is not None:
             scores *= tl.exp2(tl.where(visible, sums[:, None] - sums[None, :], 0.0).to(ACC))
         scores = tl.where(visible, scores, 0.0)
-        acc = tl.dot(
-            operand(scores, OPERAND), operand(corrections, OPERAND), acc, input_precision=PRECISION, out_dtype=ACC
-        )
+        weights, written = operand(scores, OPERAND), operand(corrections, OPERAND)
+        acc = tl.dot(weights, written, acc, input_precision=PRECISION, out_dtype=ACC)
+        if SPLIT:
+            lost = rest(corrections, written, OPERAND)
+            acc = tl.dot(weights, lost, acc, input_precision=PRECISION, out_dtype=ACC)
         store_tile(out, out_strides, batch, head, row, column, length, acc * scale, CHUNK, COLUMNS, M)
 
         writing = of_keys
@@ -137,7 +142,11 @@ def forward_kernel(
             writing *= to_end
             state *= over_chunk
         corrections *= writing[:, None]
-        state = tl.dot(tl.trans(keys), operand(corrections, OPERAND), state, input_precision=PRECISION, out_dtype=ACC)
+        written = operand(corrections, OPERAND)
+        state = tl.dot(tl.trans(keys), written, state, input_precision=PRECISION, out_dtype=ACC)
+        if SPLIT:
+            lost = rest(corrections, written, OPERAND)
+            state = tl.dot(tl.trans(keys), lost, state, input_precision=PRECISION, out_dtype=ACC)
     if after is not None:
         places = matrix_places(after, index, column, D, M, BLOCK_D, COLUMNS)
         tl.store(places, state, mask=inside)

@@ -178,6 +178,7 @@ def forward(
             of.length,
             scale=scale,
             **of.settings(chosen),
+            SPLIT=of.numbers.operand == "bf16",
             TMA=chosen.tma,
         )
     kept = (state, residuals, both if keep_residuals else None)
