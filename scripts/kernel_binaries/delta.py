@@ -10,12 +10,13 @@ from unittest import mock
 
 import torch
 import triton
-from kernel_binaries import binaries
-from kernel_binaries.launches import Call, Launch, _Allocations, _Recorder, empty
 from linbench_kernels.additive.configs import Config
 from linbench_kernels.delta import launch
 from linbench_kernels.delta.configs import KERNELS, Task
 from torch import Tensor
+
+from kernel_binaries import binaries
+from kernel_binaries.launches import Call, Launch, _Allocations, _Recorder, empty
 
 BATCH, HEADS, LENGTH = 8, 16, 8192
 """Only sizes, strides and bytes follow from these: a binary does not."""

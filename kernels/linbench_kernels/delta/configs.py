@@ -46,7 +46,7 @@ def chunk(arch: str, operand_bytes: int, key_dim: int, value_dim: int, backward:
 
 @functools.cache
 def config(task: Task) -> Config:
-    """The configuration of a kernel: blocks of columns that compile without spills; none has been timed."""
+    """The configuration of a kernel: for sm_90, bf16 and widths up to 128 none spills; none has been timed."""
     width = max(block(task.key_dim), block(task.value_dim))
     warps, columns, stages = 4, 32, 2
     if task.operand_bytes > 2:
