@@ -54,7 +54,7 @@ def test_every_width(key_dim: int, value_dim: int, dtype: torch.dtype, decay: st
 
 @pytest.mark.parametrize("layout", ["BNH", "slice", "columns"])
 def test_any_strides(layout: str, device: torch.device) -> None:
-    assert_agrees(dataclasses.replace(SMALL, batch=2, heads=3, tokens=18, decay="token", layout=layout), device)
+    assert_agrees(dataclasses.replace(SMALL, batch=2, heads=2, tokens=17, decay="token", layout=layout), device)
 
 
 def test_results_have_the_layout_of_what_they_belong_to(device: torch.device) -> None:
@@ -167,7 +167,7 @@ def test_a_sequence_in_pieces_is_the_whole(device: torch.device) -> None:
 
 def test_the_gradient_of_decays_does_not_drift_over_many_tokens(device: torch.device) -> None:
     """It is gathered within chunks: what bf16 loses of sums over all later tokens is in none of it."""
-    case = DeltaCase(heads=1, tokens=520, decay="token", dtype=torch.bfloat16, initial=False, strength=1e-3)
+    case = DeltaCase(heads=1, tokens=450, decay="token", dtype=torch.bfloat16, initial=False, strength=1e-3)
     assert delta_errors(case, device)["log_decay"] <= 2e-2
 
 

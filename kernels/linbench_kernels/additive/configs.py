@@ -94,9 +94,11 @@ def config(task: Task) -> Config:
     choice comes to in registers is in ``results/kernel_costs.md``; none has been timed.
     """
     width = max(block(task.key_dim), block(task.value_dim))
+    if task.arch == "interpreter":
+        return Config(chunk=64, columns=64, warps=4, stages=2)  # wide ones need fewer steps
     if task.operand_bytes > 2:
         return _wide_operands(task, width)
-    if task.arch in ("sm_90", "interpreter") or task.arch.startswith(("sm_10", "sm_12")):
+    if task.arch == "sm_90" or task.arch.startswith("sm_10"):
         return _with_descriptors(task, width)
     if task.arch.startswith("gfx"):
         return Config(chunk=64 if width <= 64 else 32, columns=64 if width <= 64 else 32, warps=4, stages=2)
@@ -110,7 +112,7 @@ def config(task: Task) -> Config:
 
 def _with_descriptors(task: Task, width: int) -> Config:
     """Hopper and later; on Blackwell never more than four warps, with which Triton before 3.8 races."""
-    tma = task.aligned and task.arch != "interpreter"
+    tma = task.aligned
     light = task.decay == "none" and not task.extra
     if width <= 64:
         if task.pass_ == "backward" and task.extra and task.decay == "token":
@@ -121,7 +123,7 @@ def _with_descriptors(task: Task, width: int) -> Config:
         return Config(chunk=32, columns=32, warps=8, stages=2, tma=tma)
     if task.extra and (task.decay != "none" or task.pass_ == "backward"):
         return Config(chunk=64, columns=32, warps=4, stages=2, tma=tma)
-    if task.arch.startswith("sm_1"):
+    if task.arch.startswith("sm_10"):
         columns = 64 if task.pass_ == "forward" or light else 32
         return Config(chunk=32 if task.extra else 64, columns=columns, warps=4, stages=2, tma=tma)
     few = task.pass_ == "forward" and not task.extra

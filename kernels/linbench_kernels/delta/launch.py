@@ -45,11 +45,12 @@ class Sizes:
     arch: str
     numbers: Arithmetic
     decay: bool
+    backward: bool
 
     @property
     def chunk(self) -> int:
         """C."""
-        return chunk(self.arch, self.operand_bytes, self.key_dim, self.value_dim)
+        return chunk(self.arch, self.operand_bytes, self.key_dim, self.value_dim, self.backward)
 
     @property
     def chunks(self) -> int:
@@ -70,7 +71,8 @@ class Sizes:
     def config(self, kernel: str, *tiles: Tensor) -> Config:
         """Of a kernel that loads these tiles."""
         aligned = all(described(x) for x in tiles)
-        task = Task(kernel, self.arch, self.operand_bytes, self.key_dim, self.value_dim, self.decay, aligned)
+        widths = (self.key_dim, self.value_dim)
+        task = Task(kernel, self.arch, self.operand_bytes, *widths, self.decay, aligned, self.chunk)
         return config(task)
 
     def columns(self, chosen: Config) -> int:
@@ -91,12 +93,12 @@ class Sizes:
         }
 
 
-def sizes(q: Tensor, v: Tensor, log_decay: Tensor | None) -> Sizes:
+def sizes(q: Tensor, v: Tensor, log_decay: Tensor | None, backward: bool = False) -> Sizes:
     """Of a call."""
     arch = arch_of(q)
     batch, heads, length, key_dim = q.shape
     numbers = arithmetic(q.dtype, arch)
-    return Sizes(batch, heads, length, key_dim, v.shape[-1], arch, numbers, log_decay is not None)
+    return Sizes(batch, heads, length, key_dim, v.shape[-1], arch, numbers, log_decay is not None, backward)
 
 
 def inverse(
@@ -199,7 +201,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, β, the log decay and the initial state; empty for None."""
-    of = sizes(q, residuals, log_decay)
+    of = sizes(q, residuals, log_decay, backward=True)
     norms: Factors = (None, None) if factors is None else (factors[0], factors[1])
     beta_dtype = beta.dtype
     beta, decay = beta.contiguous(), small(log_decay)
@@ -338,6 +340,6 @@ def step(
             COLUMNS=columns,
             UNIT=unit,
             ACC=arithmetic(q.dtype, arch_of(q)).accumulator,
-            num_warps=4,
+            num_warps=2 if key_dim > 64 else 4,
         )
     return out
