@@ -77,7 +77,7 @@ def compiled(launch: Launch, arch: str) -> Binary:
     made = triton.compile(_source(launch), target=TARGETS[arch], options=_options(launch))
     if arch.startswith("gfx"):
         return _amd(made)
-    return _nvidia(made, arch)
+    return _nvidia(made)
 
 
 def _options(launch: Launch) -> dict[str, Any]:
@@ -105,16 +105,14 @@ def _source(launch: Launch) -> Any:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def _nvidia(made: Any, arch: str) -> Binary:
+def _nvidia(made: Any) -> Binary:
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(made.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", str(cubin))
         listing = _run("cuobjdump", "-sass", str(cubin))
         ptx.write_text(made.asm["ptx"])
-        assembler = "ptxas-blackwell" if arch == "sm_100" and (tools() / "ptxas-blackwell").exists() else "ptxas"
-        target = re.search(r"\.target (sm_\w+)", made.asm["ptx"])
-        said = _run(assembler, "-v", f"--gpu-name={target[1] if target else arch}", str(ptx), "-o", str(cubin))
+        said = _assembled(ptx, cubin)
     registers, stack = (int(_found(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*)", listing)
@@ -136,6 +134,15 @@ def _nvidia(made: Any, arch: str) -> Binary:
         tensor_core_instructions=_classes(names)["tensor_core"],
         serialised_wgmma=len(re.findall(r"C75(?:1[0-5])", said)),
     )
+
+
+def _assembled(ptx: Path, cubin: Path) -> str:
+    """What the assembler says of a kernel: the first of those that Triton brings that takes its version of PTX."""
+    text = ptx.read_text()
+    version = float(_found(r"\.version (\d+\.\d+)", text))
+    newer = version >= 9 or ".target sm_100" in text  # CUDA 13, which Triton 3.9 uses for all, and others for Blackwell
+    target = _found(r"\.target (sm_\w+)", text)
+    return _run("ptxas-blackwell" if newer else "ptxas", "-v", f"--gpu-name={target}", str(ptx), "-o", str(cubin))
 
 
 def _amd(made: Any) -> Binary:

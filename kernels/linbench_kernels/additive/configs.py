@@ -102,6 +102,11 @@ def config(task: Task) -> Config:
         return _with_descriptors(task, width)
     if task.arch.startswith("gfx"):
         return Config(chunk=64 if width <= 64 else 32, columns=64 if width <= 64 else 32, warps=4, stages=2)
+    return _by_pointers(task, width)
+
+
+def _by_pointers(task: Task, width: int) -> Config:
+    """Ampere, Ada, and whatever is not known."""
     light = task.decay == "none" and not task.extra
     if width <= 64:
         return Config(chunk=64, columns=64 if light else 32, warps=8 if task.extra else 4, stages=2)

@@ -29,8 +29,8 @@ def row_dots_kernel(
     """−⟨do, o⟩ of every row to ``delta``, ``[B, H, N]``. Grid (B·H, blocks of rows)."""
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row = tl.program_id(1) * ROWS
-    out_tile = load_tile(out, (out_b, out_h, out_n, out_d), batch, head, row, 0, length, ROWS, BLOCK_M, M)
+    out_tile = load_tile(out, (out_b, out_h, out_n, out_d), batch, head, row, 0, length, ROWS, BLOCK_M, M, False)
     strides = (out_grad_b, out_grad_h, out_grad_n, out_grad_d)
-    grad_tile = load_tile(out_grad, strides, batch, head, row, 0, length, ROWS, BLOCK_M, M)
+    grad_tile = load_tile(out_grad, strides, batch, head, row, 0, length, ROWS, BLOCK_M, M, False)
     dots = -tl.sum(out_tile.to(ACC) * grad_tile.to(ACC), 1)
     store_row(delta, batch, head, heads, row, length, dots, ROWS)

@@ -144,12 +144,13 @@ def scan(
         SPLIT: what bf16 loses of states, weights and faded rows is multiplied as well. The sums of the dots over all
             tokens cancel but for the gradient of the decays, and rounding, which differs in dq and dk, does not.
     """
-    a, a_strides = described(a, a_strides, batch, head, length, CHUNK, BLOCK_K, K, TMA)
-    b, b_strides = described(b, b_strides, batch, head, length, CHUNK, BLOCK_K, K, TMA)
-    c, c_strides = described(c, c_strides, batch, head, length, CHUNK, COLUMNS, WIDTH, TMA)
-    out, out_strides = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, WIDTH, TMA)
-    if own is not None:
-        own, own_strides = described(own, own_strides, batch, head, length, CHUNK, COLUMNS, WIDTH, TMA)
+    if TMA:
+        a = described(a, a_strides, batch, head, length, CHUNK, BLOCK_K, K)
+        b = described(b, b_strides, batch, head, length, CHUNK, BLOCK_K, K)
+        c = described(c, c_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
+        out = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
+        if own is not None:
+            own = described(own, own_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
     state = tl.zeros([BLOCK_K, COLUMNS], dtype=ACC)
     ks, columns = tl.arange(0, BLOCK_K), column + tl.arange(0, COLUMNS)
     inside = (ks < K)[:, None] & (columns < WIDTH)[None, :]
@@ -183,9 +184,9 @@ def scan(
         row = index * CHUNK
         if REVERSE:
             row = (chunks - 1 - index) * CHUNK
-        a_tile = load_tile(a, a_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K)
-        b_tile = load_tile(b, b_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K)
-        c_tile = load_tile(c, c_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH)
+        a_tile = load_tile(a, a_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K, TMA)
+        b_tile = load_tile(b, b_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K, TMA)
+        c_tile = load_tile(c, c_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, TMA)
         if FEATURE_AB != "identity":
             a_tile = featured(a_tile.to(ACC), row, 0, length, CHUNK, BLOCK_K, K, FEATURE_AB)
             b_tile = featured(b_tile.to(ACC), row, 0, length, CHUNK, BLOCK_K, K, FEATURE_AB)
@@ -240,7 +241,7 @@ def scan(
                 store_row(sums_out, batch, head, heads, row, length, divisor, CHUNK)
 
         if own is not None:
-            own_tile = load_tile(own, own_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH).to(ACC)
+            own_tile = load_tile(own, own_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, TMA).to(ACC)
             if dots_out is not None:
                 own_features = featured(own_tile, row, column, length, CHUNK, COLUMNS, WIDTH, FEATURE_C)
                 own_features = operand(own_features, OPERAND).to(ACC)
@@ -258,7 +259,7 @@ def scan(
             result *= load_row(target, batch, head, heads, row, length, CHUNK, ACC)[:, None]
         if skip is not None:
             result += tl.load(skip + head).to(ACC) * c_tile.to(ACC)
-        store_tile(out, out_strides, batch, head, row, column, length, result, CHUNK, COLUMNS, WIDTH)
+        store_tile(out, out_strides, batch, head, row, column, length, result, CHUNK, COLUMNS, WIDTH, TMA)
 
         written = c_tile
         if DECAY != "none":

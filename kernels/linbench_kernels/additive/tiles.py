@@ -9,27 +9,32 @@ INTERPRETED = tl.constexpr(device.INTERPRETED)
 
 
 @triton.jit
-def described(
-    x, strides, batch, head, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
-):
-    """``x[batch, head]`` for :func:`load_tile` and :func:`store_tile`: a descriptor and None, or what was given.
+def described(x, strides, batch, head, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """A descriptor of ``x[batch, head]`` for :func:`load_tile` and :func:`store_tile`, to be given to them as ``x``.
 
-    A descriptor (TMA) has its copies made by a unit of their own, which needs no registers for addresses. It takes rows
-    of 16 bytes, and a multiple of them from row to row.
+    Its copies are made by a unit of their own, which needs no registers for addresses. It takes rows of 16 bytes, and a
+    multiple of them from row to row.
     """
-    if TMA:
-        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-        return tl.make_tensor_descriptor(start, [length, WIDTH], [strides[2], 1], [ROWS, COLUMNS]), None
-    else:
-        return x, strides
+    start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return tl.make_tensor_descriptor(start, [length, WIDTH], [strides[2], 1], [ROWS, COLUMNS])
 
 
 @triton.jit
 def load_tile(
-    x, strides, batch, head, row, column, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
+    x,
+    strides,
+    batch,
+    head,
+    row,
+    column,
+    length,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """``x[batch, head, row:row + ROWS, column:column + COLUMNS]`` of ``[B, H, length, WIDTH]``, zeros outside of it."""
-    if strides is None:
+    if TMA:
         return x.load([row, column])
     else:
         start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
@@ -42,10 +47,21 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    x, strides, batch, head, row, column, length, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
+    x,
+    strides,
+    batch,
+    head,
+    row,
+    column,
+    length,
+    tile,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Write what of the tile lies inside, in the dtype of ``x``."""
-    if strides is None:
+    if TMA:
         x.store([row, column], stored(tile, x.dtype))
     else:
         start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
