@@ -6,12 +6,14 @@ Registers, stack, spills, shared memory, instructions by class in the longest lo
 
     scripts/kernel_costs                              all of it, some ten minutes on one core
     scripts/kernel_costs --arch sm_90 --json FILE     one architecture, to a file of your own
+    PYTHONPATH=OTHER_TRITON scripts/kernel_costs --arch sm_90     with another Triton: rows of the others stay
     scripts/kernel_costs --check                      only says whether a default breaks its budget; exit code 1 if so
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -77,10 +79,23 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     elif not options.check:
-        (ROOT / "results" / "kernel_costs.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (ROOT / "results" / "kernel_costs.md").write_text(table.page(rows, versions()))
+        write(rows)
     print(f"{len(rows)} binaries; over budget: {'; '.join(broken) or 'none'}")
     return int(bool(broken))
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """To results/, in place of the rows of the same Triton and architecture; those of others stay."""
+    path = ROOT / "results" / "kernel_costs.json"
+    made = {(row["triton"], row["arch"]) for row in rows}
+    before = json.loads(path.read_text()) if path.exists() else []
+    rows = rows + [row for row in before if (row["triton"], row["arch"]) not in made]
+    arches, dtypes = list(binaries.TARGETS), list(DTYPES)
+    rows.sort(
+        key=lambda row: (row["triton"], arches.index(row["arch"]), dtypes.index(row["dtype"]), row["key_dim"]),
+    )
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table.page(rows))
 
 
 def costs(arch: str, dtype: str, width: int) -> Iterator[dict[str, Any]]:
@@ -146,6 +161,7 @@ def described(
         "key_dim": width,
         "value_dim": width,
         "config": asdict(chosen) if chosen is not None and main_kernel else {"warps": one.options["num_warps"]},
+        "assembler": assembler(arch),
         **asdict(binary),
         "ctas_per_multiprocessor": binaries.ctas_per_multiprocessor(binary, arch, one.options["num_warps"]),
         "intermediate_bytes": call.intermediate_bytes if main_kernel else 0,
@@ -183,10 +199,15 @@ def over_budget(row: dict[str, Any]) -> str | None:
     return None
 
 
-def versions() -> str:
-    """Of Triton and of the assembler that it brings."""
-    said = subprocess.run([str(binaries.tools() / "ptxas"), "--version"], capture_output=True, text=True, check=True)
-    return f"triton {triton.__version__}, ptxas {said.stdout.strip().splitlines()[-2].rpartition('V')[2]}"
+@functools.cache
+def assembler(arch: str) -> str | None:
+    """The version of ptxas that Triton brings for an architecture of NVIDIA's."""
+    if arch.startswith("gfx"):
+        return None
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    name = "ptxas-blackwell" if arch == "sm_100" or version >= (3, 9) else "ptxas"
+    said = subprocess.run([str(binaries.tools() / name), "--version"], capture_output=True, text=True, check=True)
+    return said.stdout.strip().splitlines()[-2].rpartition("V")[2]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 HEAD = """# What the kernels cost by their binaries
 
-Made by `scripts/kernel_costs` with {versions}, on a machine without a GPU. Nothing here is a measured time.
+Made by `scripts/kernel_costs` on a machine without a GPU. Nothing here is a measured time.
 The JSON file beside this has more: every class of instruction, the intermediates in bytes.
 
 - **tile**: tokens of a chunk × columns of a program, warps, chunks loaded ahead, and how: `tma` or by pointers.
@@ -43,13 +43,15 @@ COLUMNS = (
 )
 
 
-def page(rows: list[dict[str, Any]], versions: str) -> str:
-    """Markdown: one table for every architecture."""
-    parts = [HEAD.format(versions=versions)]
-    for arch in dict.fromkeys(row["arch"] for row in rows):
-        parts += [f"## {arch}\n\n", f"| {' | '.join(COLUMNS)} |\n"]
+def page(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one table for every version of Triton and architecture."""
+    parts = [HEAD]
+    for made in dict.fromkeys((row["triton"], row["arch"]) for row in rows):
+        assembler = next(row["assembler"] for row in rows if (row["triton"], row["arch"]) == made)
+        told = f", ptxas {assembler}" if assembler else ""
+        parts += [f"## {made[1]}, triton {made[0]}{told}\n\n", f"| {' | '.join(COLUMNS)} |\n"]
         parts.append("| --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 3) + "\n")
-        parts += [f"| {' | '.join(cells(row))} |\n" for row in rows if row["arch"] == arch]
+        parts += [f"| {' | '.join(cells(row))} |\n" for row in rows if (row["triton"], row["arch"]) == made]
         parts.append("\n")
     return "".join(parts).rstrip() + "\n"
 
