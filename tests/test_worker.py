@@ -116,11 +116,11 @@ def test_other_threads_or_measures_are_other_numbers() -> None:
 
 
 def test_the_prospect_says_what_a_cell_costs_and_why_it_cannot_run() -> None:
-    cells = [cell(), cell(implementation="triton"), cell().model_copy(update={"mechanism": "nothing"})]
+    cells = [cell(), cell(implementation="fla"), cell().model_copy(update={"mechanism": "nothing"})]
     good, lacking, unknown = foresee(ForeseeRequest(cells=cells, measures={}, threads=1)).prospects
     assert good.cost is not None
     assert good.cost.flops > 0
-    assert "only reference, torch" in (lacking.unsupported or "")
+    assert "only reference, torch, triton" in (lacking.unsupported or "")
     assert "unknown mechanism 'nothing'" in (unknown.usage_error or "")
 
 
