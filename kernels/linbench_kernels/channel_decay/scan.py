@@ -96,12 +96,17 @@ def scan(
     at_least = SHUT_64 if ACC == tl.float64 else SHUT
     FADING: tl.constexpr = BLOCK_K if INNER else COLUMNS
     FADING_WIDTH: tl.constexpr = K if INNER else WIDTH
-    a, a_strides = described(a, a_strides, batch, head, length, CHUNK, BLOCK_K, K, TMA)
-    b, b_strides = described(b, b_strides, batch, head, length, CHUNK, BLOCK_K, K, TMA)
-    c, c_strides = described(c, c_strides, batch, head, length, CHUNK, COLUMNS, WIDTH, TMA)
-    out, out_strides = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, WIDTH, TMA)
+    if TMA:
+        a = described(a, a_strides, batch, head, length, CHUNK, BLOCK_K, K)
+    if TMA:
+        b = described(b, b_strides, batch, head, length, CHUNK, BLOCK_K, K)
+    if TMA:
+        c = described(c, c_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
+    if TMA:
+        out = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
     if own is not None:
-        own, own_strides = described(own, own_strides, batch, head, length, CHUNK, COLUMNS, WIDTH, TMA)
+        if TMA:
+            own = described(own, own_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
     index = batch * heads + head
     first = column
     if INNER:
@@ -127,10 +132,10 @@ def scan(
         row = turn * CHUNK
         if REVERSE:
             row = (chunks - 1 - turn) * CHUNK
-        a_tile = operand(load_tile(a, a_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K), OPERAND)
-        b_tile = operand(load_tile(b, b_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K), OPERAND)
-        c_tile = operand(load_tile(c, c_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH), OPERAND)
-        steps = load_tile(log_decay, decay_strides, batch, head, row, first, length, CHUNK, FADING, FADING_WIDTH)
+        a_tile = operand(load_tile(a, a_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K, TMA), OPERAND)
+        b_tile = operand(load_tile(b, b_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K, TMA), OPERAND)
+        c_tile = operand(load_tile(c, c_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, TMA), OPERAND)
+        steps = load_tile(log_decay, decay_strides, batch, head, row, first, length, CHUNK, FADING, FADING_WIDTH, False)
         steps = tl.maximum(steps.to(LOGS) * LOG2_E, at_least)
         sums = tl.cumsum(steps, 0)
         total = tl.sum(steps, 0)
@@ -198,13 +203,13 @@ def scan(
                 pairs, c_tile, query_weight, sums, read, CHUNK, COLUMNS, REVERSE, OPERAND, ACC, PRECISION, SPLIT
             )
             own_tile = operand(
-                load_tile(own, own_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH), OPERAND
+                load_tile(own, own_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, TMA), OPERAND
             ).to(ACC)
             if q_dots is not None:
                 dots = own_tile * result * scale
                 if REVERSE:
                     of_queries = load_tile(
-                        q_dots, dots_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH
+                        q_dots, dots_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, False
                     )
                     change = of_queries - dots
                     over = tl.sum(change, 0)
@@ -224,10 +229,13 @@ def scan(
                         CHUNK,
                         COLUMNS,
                         WIDTH,
+                        False,
                     )
                     later += over
                 else:
-                    store_tile(q_dots, dots_strides, batch, head, row, column, length, dots, CHUNK, COLUMNS, WIDTH)
+                    store_tile(
+                        q_dots, dots_strides, batch, head, row, column, length, dots, CHUNK, COLUMNS, WIDTH, False
+                    )
             of_itself = tl.sum(tl.where(same, pairs, 0.0), 1)[:, None] * c_tile.to(ACC)
             if bonus is not None:
                 if bonus_grad is not None:
@@ -240,7 +248,7 @@ def scan(
             if SPLIT:
                 lost = rest(c_faded, written, OPERAND)
                 state = tl.dot(tl.trans(lost), b_tile, state, input_precision=PRECISION, out_dtype=ACC)
-        store_tile(out, out_strides, batch, head, row, column, length, result * scale, CHUNK, COLUMNS, WIDTH)
+        store_tile(out, out_strides, batch, head, row, column, length, result * scale, CHUNK, COLUMNS, WIDTH, TMA)
 
     if meeting is not None:
         places = state_places(meeting, meeting_strides, batch, head, column, 0, COLUMNS, BLOCK_K)

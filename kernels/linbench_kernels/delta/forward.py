@@ -72,17 +72,26 @@ def forward_kernel(
     column = part * COLUMNS
     chunks = tl.cdiv(length, CHUNK)
     padded = chunks * CHUNK
-    q, q_strides = described(q, (q_b, q_h, q_n, q_d), batch, head, length, CHUNK, BLOCK_D, D, TMA)
-    k, k_strides = described(k, (k_b, k_h, k_n, k_d), batch, head, length, CHUNK, BLOCK_D, D, TMA)
-    v, v_strides = described(v, (v_b, v_h, v_n, v_d), batch, head, length, CHUNK, COLUMNS, M, TMA)
-    out, out_strides = described(out, (out_b, out_h, out_n, out_d), batch, head, length, CHUNK, COLUMNS, M, TMA)
+    q_strides = (q_b, q_h, q_n, q_d)
+    if TMA:
+        q = described(q, q_strides, batch, head, length, CHUNK, BLOCK_D, D)
+    k_strides = (k_b, k_h, k_n, k_d)
+    if TMA:
+        k = described(k, k_strides, batch, head, length, CHUNK, BLOCK_D, D)
+    v_strides = (v_b, v_h, v_n, v_d)
+    if TMA:
+        v = described(v, v_strides, batch, head, length, CHUNK, COLUMNS, M)
+    out_strides = (out_b, out_h, out_n, out_d)
+    if TMA:
+        out = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, M)
     if residuals is not None:
-        residuals, residuals_strides = described(
-            residuals, (out_b, out_h, out_n, out_d), batch, head, length, CHUNK, COLUMNS, M, TMA
-        )
+        residuals_strides = (out_b, out_h, out_n, out_d)
+        if TMA:
+            residuals = described(residuals, residuals_strides, batch, head, length, CHUNK, COLUMNS, M)
     inverse_strides = (0, 0, CHUNK, 1)
     inverse += index.to(tl.int64) * padded * CHUNK
-    inverse, inverse_strides = described(inverse, inverse_strides, batch, head, padded, CHUNK, CHUNK, CHUNK, TMA)
+    if TMA:
+        inverse = described(inverse, inverse_strides, batch, head, padded, CHUNK, CHUNK, CHUNK)
     state = tl.zeros([BLOCK_D, COLUMNS], dtype=ACC)
     inside = (tl.arange(0, BLOCK_D) < D)[:, None] & (column + tl.arange(0, COLUMNS) < M)[None, :]
     if before is not None:
@@ -95,13 +104,15 @@ def forward_kernel(
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         row = chunk * CHUNK
         keys, of_keys = load_rows(
-            k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+            k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, TMA
         )
         queries, of_queries = load_rows(
-            q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+            q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, TMA
         )
-        values = load_tile(v, v_strides, batch, head, row, column, length, CHUNK, COLUMNS, M).to(ACC)
-        solve = operand(load_tile(inverse, inverse_strides, batch, head, row, 0, padded, CHUNK, CHUNK, CHUNK), OPERAND)
+        values = load_tile(v, v_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, TMA).to(ACC)
+        solve = operand(
+            load_tile(inverse, inverse_strides, batch, head, row, 0, padded, CHUNK, CHUNK, CHUNK, TMA), OPERAND
+        )
         weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
         if log_decay is not None:
             sums, since_start, to_end, over_chunk = chunk_decays(
@@ -117,7 +128,7 @@ def forward_kernel(
         residual = values - held
         residual = tl.dot(solve, operand(residual, OPERAND), residual, input_precision=PRECISION, out_dtype=ACC)
         if residuals is not None:
-            store_tile(residuals, residuals_strides, batch, head, row, column, length, residual, CHUNK, COLUMNS, M)
+            store_tile(residuals, residuals_strides, batch, head, row, column, length, residual, CHUNK, COLUMNS, M, TMA)
         corrections = residual * weight[:, None]
 
         acc = tl.dot(queries, past, input_precision=PRECISION, out_dtype=ACC)
@@ -135,7 +146,7 @@ def forward_kernel(
         if SPLIT:
             lost = rest(corrections, written, OPERAND)
             acc = tl.dot(weights, lost, acc, input_precision=PRECISION, out_dtype=ACC)
-        store_tile(out, out_strides, batch, head, row, column, length, acc * scale, CHUNK, COLUMNS, M)
+        store_tile(out, out_strides, batch, head, row, column, length, acc * scale, CHUNK, COLUMNS, M, TMA)
 
         writing = of_keys
         if log_decay is not None:

@@ -65,8 +65,12 @@ def scores(
     PRECISION: tl.constexpr,
 ):
     """Products of rows, their factors left out: made before all else, when registers are free; rows are loaded anew."""
-    rows, _ = load_rows(x, x_strides, x_factors, batch, head, heads, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC)
-    others, _ = load_rows(y, y_strides, y_factors, batch, head, heads, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC)
+    rows, _ = load_rows(
+        x, x_strides, x_factors, batch, head, heads, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC, False
+    )
+    others, _ = load_rows(
+        y, y_strides, y_factors, batch, head, heads, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC, False
+    )
     return tl.dot(rows, tl.trans(others), input_precision=PRECISION, out_dtype=ACC)
 
 
@@ -131,16 +135,20 @@ def query_part(
     gradient = tl.zeros([CHUNK, BLOCK_D], dtype=ACC)
     for block in tl.range(0, (M + COLUMNS - 1) // COLUMNS, num_stages=STAGES):
         column = block * COLUMNS
-        out_grads = load_tile(out_grad, out_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M)
-        corrections = load_tile(residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M)
+        out_grads = load_tile(out_grad, out_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False)
+        corrections = load_tile(
+            residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False
+        )
         state = load_columns(states, place, column, D, M, BLOCK_D, COLUMNS, OPERAND)
         out_grads = operand(out_grads, OPERAND)
         corrections = operand(corrections.to(ACC) * weight[:, None], OPERAND)
         gradient = tl.dot(out_grads, tl.trans(state), gradient, input_precision=PRECISION, out_dtype=ACC)
         pairs = tl.dot(out_grads, tl.trans(corrections), pairs, input_precision=PRECISION, out_dtype=ACC)
-    keys, of_keys = load_rows(k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC)
+    keys, of_keys = load_rows(
+        k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
+    )
     queries, of_queries = load_rows(
-        q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+        q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
     )
     tokens = tl.arange(0, CHUNK)
     visible = tokens[:, None] >= tokens[None, :]
@@ -159,7 +167,7 @@ def query_part(
         store_row(decay_dots, batch, head, heads, row, length, from_each(dots), CHUNK)
     gradient = tl.dot(operand(pairs, OPERAND), keys, gradient, input_precision=PRECISION, out_dtype=ACC)
     gradient = through_norm(gradient, queries, of_queries, q_factors, batch, head, heads, row, length, CHUNK, ACC)
-    store_tile(q_grad, q_grad_strides, batch, head, row, 0, length, gradient, CHUNK, BLOCK_D, D)
+    store_tile(q_grad, q_grad_strides, batch, head, row, 0, length, gradient, CHUNK, BLOCK_D, D, False)
 
 
 @triton.jit
@@ -234,9 +242,11 @@ def key_part(
     met = tl.zeros([BLOCK_D], dtype=ACC)
     for block in tl.range(0, (M + COLUMNS - 1) // COLUMNS, num_stages=STAGES):
         column = block * COLUMNS
-        out_grads = load_tile(out_grad, out_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M)
-        v_grads = load_tile(v_grad, v_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M)
-        corrections = load_tile(residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M)
+        out_grads = load_tile(out_grad, out_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False)
+        v_grads = load_tile(v_grad, v_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False)
+        corrections = load_tile(
+            residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False
+        )
         state = load_columns(states, place, column, D, M, BLOCK_D, COLUMNS, OPERAND)
         state_grad = load_columns(state_grads, place, column, D, M, BLOCK_D, COLUMNS, OPERAND)
         out_grads, v_grads = operand(out_grads, OPERAND), operand(v_grads, OPERAND)
@@ -248,9 +258,11 @@ def key_part(
         turned = tl.dot(corrections, tl.trans(v_grads), turned, input_precision=PRECISION, out_dtype=ACC)
         query_turned = tl.dot(corrections, tl.trans(out_grads), query_turned, input_precision=PRECISION, out_dtype=ACC)
         pairs = tl.dot(v_grads, tl.trans(corrections), pairs, input_precision=PRECISION, out_dtype=ACC)
-    keys, of_keys = load_rows(k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC)
+    keys, of_keys = load_rows(
+        k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
+    )
     queries, of_queries = load_rows(
-        q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+        q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
     )
     tokens = tl.arange(0, CHUNK)
     earlier = tokens[:, None] > tokens[None, :]
@@ -281,7 +293,7 @@ def key_part(
     gradient = tl.dot(query_turned, queries, gradient, input_precision=PRECISION, out_dtype=ACC)
     gradient = tl.dot(operand(both, OPERAND), keys, gradient, input_precision=PRECISION, out_dtype=ACC)
     gradient = through_norm(gradient, keys, of_keys, k_factors, batch, head, heads, row, length, CHUNK, ACC)
-    store_tile(k_grad, k_grad_strides, batch, head, row, 0, length, gradient, CHUNK, BLOCK_D, D)
+    store_tile(k_grad, k_grad_strides, batch, head, row, 0, length, gradient, CHUNK, BLOCK_D, D, False)
 
 
 @triton.jit(do_not_specialize=["length"])

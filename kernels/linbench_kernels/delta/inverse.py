@@ -94,9 +94,9 @@ def inverse_kernel(
     row = chunk * CHUNK
     k_strides, q_strides = (k_b, k_h, k_n, k_d), (q_b, q_h, q_n, q_d)
     if q is not None:
-        queries = load_tile(q, q_strides, batch, head, row, 0, length, CHUNK, BLOCK_D, D)
+        queries = load_tile(q, q_strides, batch, head, row, 0, length, CHUNK, BLOCK_D, D, False)
         store_row(q_factors, batch, head, heads, row, length, inverse_norms(queries, ACC), CHUNK)
-        keys = load_tile(k, k_strides, batch, head, row, 0, length, CHUNK, BLOCK_D, D)
+        keys = load_tile(k, k_strides, batch, head, row, 0, length, CHUNK, BLOCK_D, D, False)
         factors = inverse_norms(keys, ACC)
         store_row(k_factors, batch, head, heads, row, length, factors, CHUNK)
         if OPERAND != "bf16":
@@ -105,7 +105,7 @@ def inverse_kernel(
         keys = operand(keys, OPERAND)
     else:
         keys, factors = load_rows(
-            k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+            k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
         )
     weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
     tokens = tl.arange(0, CHUNK)
@@ -126,4 +126,4 @@ def inverse_kernel(
     padded = chunks * CHUNK
     strides = (0, 0, CHUNK, 1)
     first = index.to(tl.int64) * padded * CHUNK
-    store_tile(inverse + first, strides, batch, head, row, 0, padded, solved, CHUNK, CHUNK, CHUNK)
+    store_tile(inverse + first, strides, batch, head, row, 0, padded, solved, CHUNK, CHUNK, CHUNK, False)

@@ -87,17 +87,25 @@ def reverse_kernel(
     column = part * COLUMNS
     chunks = tl.cdiv(length, CHUNK)
     padded = chunks * CHUNK
-    q, q_strides = described(q, (q_b, q_h, q_n, q_d), batch, head, length, CHUNK, BLOCK_D, D, TMA)
-    k, k_strides = described(k, (k_b, k_h, k_n, k_d), batch, head, length, CHUNK, BLOCK_D, D, TMA)
+    q_strides = (q_b, q_h, q_n, q_d)
+    if TMA:
+        q = described(q, q_strides, batch, head, length, CHUNK, BLOCK_D, D)
+    k_strides = (k_b, k_h, k_n, k_d)
+    if TMA:
+        k = described(k, k_strides, batch, head, length, CHUNK, BLOCK_D, D)
     residuals_strides = (residuals_b, residuals_h, residuals_n, residuals_d)
-    residuals, residuals_strides = described(residuals, residuals_strides, batch, head, length, CHUNK, COLUMNS, M, TMA)
+    if TMA:
+        residuals = described(residuals, residuals_strides, batch, head, length, CHUNK, COLUMNS, M)
     out_grad_strides = (out_grad_b, out_grad_h, out_grad_n, out_grad_d)
-    out_grad, out_grad_strides = described(out_grad, out_grad_strides, batch, head, length, CHUNK, COLUMNS, M, TMA)
+    if TMA:
+        out_grad = described(out_grad, out_grad_strides, batch, head, length, CHUNK, COLUMNS, M)
     v_grad_strides = (v_grad_b, v_grad_h, v_grad_n, v_grad_d)
-    v_grad, v_grad_strides = described(v_grad, v_grad_strides, batch, head, length, CHUNK, COLUMNS, M, TMA)
+    if TMA:
+        v_grad = described(v_grad, v_grad_strides, batch, head, length, CHUNK, COLUMNS, M)
     inverse_strides = (0, 0, CHUNK, 1)
     inverse += index.to(tl.int64) * padded * CHUNK
-    inverse, inverse_strides = described(inverse, inverse_strides, batch, head, padded, CHUNK, CHUNK, CHUNK, TMA)
+    if TMA:
+        inverse = described(inverse, inverse_strides, batch, head, padded, CHUNK, CHUNK, CHUNK)
     beta_dots += part.to(tl.int64) * (tl.num_programs(0) // BLOCKS) * length
     state_grad = tl.zeros([BLOCK_D, COLUMNS], dtype=ACC)
     inside = (tl.arange(0, BLOCK_D) < D)[:, None] & (column + tl.arange(0, COLUMNS) < M)[None, :]
@@ -111,15 +119,19 @@ def reverse_kernel(
         chunk = chunks - 1 - step
         row = chunk * CHUNK
         keys, of_keys = load_rows(
-            k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+            k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, TMA
         )
         queries, of_queries = load_rows(
-            q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+            q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, TMA
         )
-        out_grads = load_tile(out_grad, out_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M)
+        out_grads = load_tile(out_grad, out_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, TMA)
         out_grads = operand(out_grads, OPERAND)
-        residual = load_tile(residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M).to(ACC)
-        solve = operand(load_tile(inverse, inverse_strides, batch, head, row, 0, padded, CHUNK, CHUNK, CHUNK), OPERAND)
+        residual = load_tile(residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, TMA).to(
+            ACC
+        )
+        solve = operand(
+            load_tile(inverse, inverse_strides, batch, head, row, 0, padded, CHUNK, CHUNK, CHUNK, TMA), OPERAND
+        )
         weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
         places = matrix_places(state_grads, index.to(tl.int64) * chunks + chunk, column, D, M, BLOCK_D, COLUMNS)
         tl.store(places, stored(state_grad, state_grads.dtype.element_ty), mask=inside)
@@ -142,7 +154,7 @@ def reverse_kernel(
         solved = tl.dot(solve, operand(corrections, OPERAND), corrections, input_precision=PRECISION, out_dtype=ACC)
         store_row(beta_dots, batch, head, heads, row, length, tl.sum(solved * residual, 1), CHUNK)
         solved *= weight[:, None]
-        store_tile(v_grad, v_grad_strides, batch, head, row, column, length, solved, CHUNK, COLUMNS, M)
+        store_tile(v_grad, v_grad_strides, batch, head, row, column, length, solved, CHUNK, COLUMNS, M, TMA)
 
         if log_decay is not None:
             state_grad *= over_chunk

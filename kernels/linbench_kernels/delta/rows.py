@@ -39,6 +39,7 @@ def load_rows(
     WIDTH: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Whole rows of ``x[batch, head]`` as an operand, and what they are yet to be multiplied by, ``[ROWS]``.
 
@@ -48,7 +49,7 @@ def load_rows(
     Args:
         factors: ``[B, H, N]``, or None for ones.
     """
-    tile = load_tile(x, strides, batch, head, row, 0, length, ROWS, BLOCK, WIDTH)
+    tile = load_tile(x, strides, batch, head, row, 0, length, ROWS, BLOCK, WIDTH, TMA)
     left = tl.full([ROWS], 1.0, dtype=ACC)
     if factors is not None:
         if OPERAND == "bf16":

@@ -57,11 +57,11 @@ def states_kernel(
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         row = chunk * CHUNK
         keys, of_keys = load_rows(
-            k, (k_b, k_h, k_n, k_d), k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC
+            k, (k_b, k_h, k_n, k_d), k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
         )
-        corrections = load_tile(residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M).to(
-            ACC
-        )
+        corrections = load_tile(
+            residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False
+        ).to(ACC)
         weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
         places = matrix_places(states, index.to(tl.int64) * chunks + chunk, column, D, M, BLOCK_D, COLUMNS)
         tl.store(places, stored(state, states.dtype.element_ty), mask=inside)
