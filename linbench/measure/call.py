@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linbench.cell import BACKWARD_PASSES, Cell
-from linbench.mechanisms.base import Mechanism, extras_at
+from linbench.mechanisms.base import Mechanism, extras_at, extras_until
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Call:
         with torch.no_grad():
             if self.cell.length == 1:
                 return self.mechanism.initial_state(self.cell.batch, self.q.device, self.q.dtype)
-            before = {name: x[:, :, :-1] if x.ndim >= 3 else x for name, x in self.extras.items()}
+            before = extras_until(self.extras, self.cell.length - 1)
             return self.mechanism.prefill(self.q[:, :, :-1], self.k[:, :, :-1], self.v[:, :, :-1], **before)[1]
 
     @cached_property
@@ -69,13 +69,17 @@ class Call:
                 return self.mechanism.prefill(self.q, self.k, self.v, **self.extras)[0]
             return self.mechanism(self.q, self.k, self.v, **self.extras)  # type: ignore[no-any-return]
 
+    @cached_property
+    def _last(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """Views of the last token's q, k, v and extras: cut once, so that no timed step pays for it."""
+        q, k, v = (x[:, :, -1] for x in (self.q, self.k, self.v))
+        return (q, k, v), extras_at(self.extras, self.cell.length - 1)
+
     def _step(self, state: Any) -> Tensor:
         """The last token, from the state before it."""
-        last = extras_at(self.extras, self.cell.length - 1)
+        (q, k, v), extras = self._last
         with torch.no_grad():
-            return self.mechanism.step(self.q[:, :, -1], self.k[:, :, -1], self.v[:, :, -1], state, **last)[0][
-                :, :, None
-            ]
+            return self.mechanism.step(q, k, v, state, **extras)[0][:, :, None]
 
     def gradients(self, output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``⟨output, output_gradient⟩``; returned, never accumulated into ``.grad``.
@@ -92,7 +96,8 @@ class Call:
         steps from the same state every time; a mechanism that changes it in place goes on from what it has changed.
         """
         if self.cell.pass_ == "decode":
-            return lambda: self._step(self._timed_state)
+            state = self._timed_state
+            return lambda: self._step(state)
         if self.cell.pass_ == "backward":
             output = self.forward()
             return lambda: self.gradients(output)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from linbench.cell import BACKWARD_PASSES
 from linbench.errors import UsageError
 from linbench.measure.call import Call
 from linbench.measure.conditions import Watch
@@ -28,8 +29,6 @@ WARMUP_LIMIT_S = 1.0
 WINDOW = 5
 FEWEST_SAMPLES = 10
 LONGEST_BUDGETS = 4
-AT_ONCE = ("forward", "prefill", "decode")
-"""Passes that can be called several times in a row: the others need a graph of their own each time."""
 WATCH_EVERY = 8
 """Samples between two readings of a GPU's state, which cost a fraction of a millisecond."""
 BACK_OFF_S = 0.2
@@ -60,7 +59,8 @@ def measure_speed(
     with _timer(call) as (timer, device):
         warmup, warmup_stop = _warm_up(call, timer)
         expected = min(warmup[1:])
-        several = call.cell.pass_ in AT_ONCE and device is None
+        # a backward needs a graph of its own each time, and on a device every call has a cold cache
+        several = call.cell.pass_ not in BACKWARD_PASSES and device is None
         calls = max(1, math.ceil(SHORTEST_SAMPLE_MS / max(expected, 1e-4))) if several else 1
         samples: list[float] = []
         load = Watch()

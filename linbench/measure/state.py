@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linbench.measure.call import Call
-from linbench.mechanisms.base import Mechanism
+from linbench.mechanisms.base import Mechanism, extras_until
 from linbench.mechanisms.cores.cache import Cache, Ring
 
 LONGEST_WALK_TOKENS = 256
@@ -25,7 +25,7 @@ def state_after(call: Call) -> tuple[Any, int]:
     walks = type(mechanism).prefill is Mechanism.prefill
     tokens = min(call.k.shape[2], LONGEST_WALK_TOKENS if walks else LONGEST_PROMPT_TOKENS)
     q, k, v = (x.detach()[:, :, :tokens] for x in (call.q, call.k, call.v))
-    extras = {name: x.detach()[:, :, :tokens] if x.ndim >= 3 else x.detach() for name, x in call.extras.items()}
+    extras = {name: x.detach() for name, x in extras_until(call.extras, tokens).items()}
     with torch.no_grad():
         return mechanism.prefill(q, k, v, **extras)[1], tokens
 

@@ -293,6 +293,11 @@ class KernelEstimator(ABC):
         """The closed form of E[(estimate / kernel − 1)²] over independent Gaussian rows: ``[P]``."""
 
 
+def extras_until(extras: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """The extras of the first ``tokens`` tokens, cut like those of :func:`extras_at`."""
+    return {name: x[:, :, :tokens] if x.ndim >= 3 else x for name, x in extras.items()}
+
+
 def extras_at(extras: dict[str, Tensor], token: int) -> dict[str, Tensor]:
     """The extras of one token: those with three dimensions or more are cut, the others are given whole."""
     return {name: x[:, :, token] if x.ndim >= 3 else x for name, x in extras.items()}
