@@ -140,9 +140,7 @@ def lines_after(folder: Path, *words: str) -> int:
 
 
 def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
-    process = start(
-        tmp_path, ["run", "--config-dir", str(PLUG_INS / "configs"), "mechanism=[mean,sleeps]", "length=24", *TINY[1:]]
-    )
+    process = start(tmp_path, ["run", "--config-dir", str(PLUG_INS / "configs"), "mechanism=stalls", *TINY])
     wait_for_records(tmp_path, 1)
     time.sleep(1)
     process.send_signal(signal.SIGKILL)
@@ -159,7 +157,7 @@ def _working_in(folder: Path) -> list[str]:
 
 
 def test_ctrl_c_keeps_what_was_measured_and_names_the_command(tmp_path: Path) -> None:
-    words = ["run", "--config-dir", str(PLUG_INS / "configs"), "mechanism=[mean,sleeps]", "length=24", *TINY[1:]]
+    words = ["run", "--config-dir", str(PLUG_INS / "configs"), "mechanism=stalls", *TINY]
     process = start(tmp_path, words)
     wait_for_records(tmp_path, 1)
     time.sleep(1)
@@ -167,8 +165,8 @@ def test_ctrl_c_keeps_what_was_measured_and_names_the_command(tmp_path: Path) ->
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "linbench run --config-dir" in errors
-    assert "'mechanism=[mean,sleeps]'" in errors
-    assert [record.cell.mechanism for record in records(tmp_path)] == ["mean"]
+    assert "mechanism=stalls" in errors and "'length=[24,40]'" in errors
+    assert [record.cell.length for record in records(tmp_path)] == [24]
 
 
 def test_changed_code_invalidates_its_own_cells_only(tmp_path: Path) -> None:
