@@ -165,7 +165,8 @@ def test_ctrl_c_keeps_what_was_measured_and_names_the_command(tmp_path: Path) ->
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "linbench run --config-dir" in errors
-    assert "mechanism=stalls" in errors and "'length=[24,40]'" in errors
+    assert "mechanism=stalls" in errors
+    assert "'length=[24,40]'" in errors
     assert [record.cell.length for record in records(tmp_path)] == [24]
 
 

@@ -18,7 +18,7 @@ from linbench.measure.call import Call
 from linbench.measure.conditions import Watch
 from linbench.measure.device_clock import DeviceClock
 from linbench.measure.device_watch import DeviceWatch
-from linbench.measure.honesty import require_honest
+from linbench.measure.honesty import require_fresh, require_honest
 from linbench.record import Speed
 from linbench.stats import median_interval
 
@@ -75,6 +75,7 @@ def measure_speed(
             stop = _stop(samples, min_samples, max_samples, precision, spent)
         foreign, conditions = load.foreign_cores(), load.conditions()
         require_honest(call, output)
+        require_fresh(call, timer if device is not None else _processor)
         return Speed(
             clock="cuda_event" if call.q.is_cuda else "perf_counter",
             warmup_ms=warmup,
@@ -178,3 +179,12 @@ def _wall(call: Call, calls: int) -> float:
     for part in parts:
         part()
     return (time.perf_counter_ns() - start) / 1e6 / calls
+
+
+def _processor(call: Call, calls: int) -> float:
+    """Milliseconds of one call that the process was given by its processors, whatever it waited for between."""
+    parts = [call.timed_part() for _ in range(calls)]
+    start = time.process_time_ns()
+    for part in parts:
+        part()
+    return (time.process_time_ns() - start) / 1e6 / calls

@@ -7,7 +7,8 @@ earlier call left there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ from linbench.measure.check import TOLERANCE
 
 POISONED = 4
 """Blocks of the output's size that are filled with NaN and freed: a mechanism may take some for something else."""
+PAIRS, PAIRS_S = 2, 0.05
+"""Calls with new values, each beside one with the old ones: so many at least, and as many as so many seconds allow."""
+SURE = 10
+"""Pairs without which nothing is called a cheat."""
+SLOWER = 1.5
+"""How many times as long the fastest call with new values may take; honest ones come within a tenth of 1."""
+SLACK_MS = 0.005
 
 
 class DishonestTimingError(ValueError):
@@ -49,6 +57,46 @@ def require_honest(call: Call, output: Tensor) -> None:
         if not distance <= TOLERANCE[call.cell.dtype]:
             said = f"differs by {distance:.2g} from the checked one" if math.isfinite(distance) else "is not finite"
             raise DishonestTimingError(f"the timed {name} {said}: not all of it is written when the call returns")
+
+
+def require_fresh(call: Call, timer: Callable[[Call, int], float]) -> None:
+    """Time calls with values of the other sign each, among calls whose values stay.
+
+    A result that is kept until the inputs change is right whenever it is looked at, and shows in the time alone: the
+    same inputs are cheap, new ones are not. Beside a call whose values stay a tensor of the size of v is changed too,
+    so that the caches are the same.
+
+    Args:
+        timer: milliseconds of one call: of processor time where that is what computes, since the call may have to wait
+            for a core.
+
+    Raises:
+        DishonestTimingError: new values take longer than old ones.
+    """
+    beside = call.v.detach().clone()
+    fresh: list[float] = []
+    repeated: list[float] = []
+    started = time.perf_counter()
+    while (
+        len(fresh) < PAIRS
+        or time.perf_counter() - started < PAIRS_S
+        or (len(fresh) < SURE and _slower(fresh, repeated))
+    ):
+        beside.neg_()
+        repeated.append(timer(call, 1))
+        _flip(call)
+        fresh.append(timer(call, 1))
+    if len(fresh) % 2:
+        _flip(call)
+    if _slower(fresh, repeated):
+        raise DishonestTimingError(
+            f"a call with new values takes {min(fresh):.3g} ms, a repeated one {min(repeated):.3g}: "
+            "it is remembered, not computed"
+        )
+
+
+def _slower(fresh: Sequence[float], repeated: Sequence[float]) -> bool:
+    return min(fresh) > SLOWER * min(repeated) + SLACK_MS
 
 
 def _sums(call: Call) -> list[float]:

@@ -7,6 +7,7 @@ from linbench.record import Status
 
 CHEATS = {
     "RemembersItsOutput": "it is remembered, not computed",
+    "RemembersUntilChanged": "it is remembered, not computed",
     "LeavesItsTail": "not all of it is written when the call returns",
     "ComputesElsewhere": "not all of it is written when the call returns",
     "DoesNothing": "relative error against the reference over",

@@ -8,7 +8,7 @@ import torch
 
 from linbench.cell import Cell
 from linbench.measure.call import Call
-from linbench.measure.honesty import DishonestTimingError, require_honest
+from linbench.measure.honesty import DishonestTimingError, require_fresh, require_honest
 from linbench.mechanisms.base import Description, Geometry, Mechanism
 
 TOKENS = 64
@@ -44,6 +44,20 @@ class Remembers(Honest):
         if key not in self.seen:
             self.seen[key] = self.reference(q, k, v)
         return self.seen[key]
+
+
+class RemembersUntilChanged(Honest):
+    """Its output by the address and the version of its inputs; ``computed`` tells what a call did."""
+
+    seen = (None, None)
+    computed = False
+
+    def forward_torch(self, q, k, v):
+        key = [number for x in (q, k, v) for number in (x.data_ptr(), x._version)]
+        self.computed = self.seen[0] != key
+        if self.computed:
+            self.seen = (key, self.reference(q, k, v))
+        return self.seen[1]
 
 
 class WritesHalf(Honest):
@@ -152,3 +166,24 @@ def test_remembered_gradients_are_caught(pass_):
     one = call(RemembersGradients, pass_)
     with pytest.raises(DishonestTimingError, match="remembered"):
         require_honest(one, one.forward().detach())
+
+
+def counted(call, calls):
+    """A timer that knows no noise: one for a call that computes, a hundredth for one that remembers."""
+    call.timed_part()()
+    return 1.0 if getattr(call.mechanism, "computed", True) else 0.01
+
+
+def test_a_result_that_is_kept_until_the_inputs_change_shows_in_the_time_alone():
+    one = call(RemembersUntilChanged)
+    require_honest(one, one.forward().detach())
+    with pytest.raises(DishonestTimingError, match=r"new values takes 1 ms, a repeated one 0\.01: it is remembered"):
+        require_fresh(one, counted)
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward", "forward_backward"])
+def test_what_computes_every_time_takes_as_long_for_new_values_and_keeps_them(pass_):
+    one = call(Honest, pass_)
+    before = [x.detach().clone() for x in (one.q, one.k, one.v)]
+    require_fresh(one, counted)
+    assert all(torch.equal(a, b) for a, b in zip(before, (one.q, one.k, one.v), strict=True))
