@@ -124,6 +124,47 @@ def ratio_of_medians(top: Sequence[ArrayLike], bottom: Sequence[ArrayLike], conf
     )
 
 
+def paired_ratio(top: Sequence[ArrayLike], bottom: Sequence[ArrayLike], confidence: float = CONFIDENCE) -> Estimate:
+    """The median of ``top`` over that of ``bottom`` where their groups were measured in turns, each beside its partner.
+
+    The interval is Student's over the logarithms of the partners' ratios, and no narrower than the samples within a
+    process allow. Without two pairs, or with groups of which some have no partner, it is :func:`ratio_of_medians`.
+    """
+    above, below = _arrays(top), _arrays(bottom)
+    if len(above) != len(below) or len(above) < 2:
+        return ratio_of_medians(top, bottom, confidence)
+    ratios = np.log([np.median(one) / np.median(other) for one, other in zip(above, below, strict=True)])
+    within = np.mean([_log_error(group, confidence) ** 2 for side in (above, below) for group in side]) * 2
+    error = math.sqrt(max(float(ratios.var(ddof=1)), float(within)) / len(ratios))
+    reach = student_quantile((1 + confidence) / 2, len(ratios) - 1) * error
+    centre = float(ratios.mean())
+    return Estimate(
+        value=math.exp(centre),
+        low=math.exp(centre - reach),
+        high=math.exp(centre + reach),
+        coverage=confidence,
+        count=min(sum(group.size for group in side) for side in (above, below)),
+        minimum=_range(above)[0] / _range(below)[0],
+    )
+
+
+def divided(top: Estimate, bottom: Estimate) -> Estimate:
+    """The quotient of two independent estimates: the reaches of their logarithms add as squares."""
+
+    def reach(estimate: Estimate, bound: float) -> float:
+        return math.inf if bound in (0.0, math.inf) else abs(math.log(bound / estimate.value))
+
+    value = top.value / bottom.value
+    return Estimate(
+        value=value,
+        low=value * math.exp(-math.hypot(reach(top, top.low), reach(bottom, bottom.high))),
+        high=value * math.exp(math.hypot(reach(top, top.high), reach(bottom, bottom.low))),
+        coverage=min(top.coverage, bottom.coverage),
+        count=min(top.count, bottom.count),
+        minimum=top.minimum / bottom.minimum,
+    )
+
+
 def student_quantile(probability: float, freedom: float) -> float:
     """The quantile of Student's t distribution for a probability above one half.
 
@@ -182,10 +223,15 @@ class _LogSpread:
 
 def _log_spread(groups: list[Samples], confidence: float) -> _LogSpread:
     medians = np.log([float(np.median(group)) for group in groups])
-    within = [median_interval(group, confidence) for group in groups]
-    errors = [math.log(one.high / one.low) / (2 * NORMAL_QUANTILE) for one in within]
+    errors = [_log_error(group, confidence) for group in groups]
     variance = max(float(medians.var(ddof=1)), float(np.square(errors).mean()))
     return _LogSpread(float(medians.mean()), math.sqrt(variance / len(groups)), len(groups) - 1)
+
+
+def _log_error(group: Samples, confidence: float) -> float:
+    """Standard error of the logarithm of one process's median, by its order-statistic interval."""
+    interval = median_interval(group, confidence)
+    return math.log(interval.high / interval.low) / (2 * NORMAL_QUANTILE)
 
 
 def _welch(above: list[Samples], below: list[Samples], confidence: float) -> Estimate:

@@ -18,10 +18,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--output", type=Path, help="folder for what is found (default: results/MACHINE/acceptance)")
+    parser.add_argument("--keep", type=Path, help="folder in which `repeats` keeps its runs, and goes on from them")
     options = parser.parse_args()
     failed = False
     for name in options.parts or [part for part in PARTS if part not in LONG]:
-        part: Part = importlib.import_module(f"acceptance_parts.{name}").measure()
+        measure = importlib.import_module(f"acceptance_parts.{name}").measure
+        part: Part = measure(options.keep) if name == "repeats" else measure()
         root = Path(__file__).parents[1] / "results" / part.environment.machine / "acceptance"
         folder = options.output or root
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from scipy import stats as scipy_stats
 
 from linbench.stats import (
     Estimate,
+    divided,
     median_interval,
     pooled_median,
     ratio_of_medians,
@@ -104,6 +105,24 @@ def test_groups_of_different_sizes_are_pooled_without_padding():
     estimate = pooled_median([[5.0] * 3, [5.0] * 8, [5.0] * 20])
     assert (estimate.value, estimate.count) == (5.0, 31)
     assert (estimate.low, estimate.high) == pytest.approx((5.0, 5.0))
+
+
+def test_a_quotient_of_estimates_covers_the_true_quotient():
+    generator = np.random.default_rng(11)
+    inside = []
+    for _ in range(400):
+        tops, bottoms = (np.exp(generator.normal(np.log(true), 0.05, 25)) for true in (3.0, 2.0))
+        found = divided(median_interval(tops), median_interval(bottoms))
+        inside.append(found.low <= 1.5 <= found.high)
+        assert found.low <= found.value <= found.high
+    assert np.mean(inside) >= 0.95
+
+
+def test_a_quotient_by_an_estimate_that_is_sure_has_the_reach_of_the_other():
+    top = median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    sure = Estimate(2.0, 2.0, 2.0, 0.95, 9, 2.0)
+    found = divided(top, sure)
+    assert (found.low, found.value, found.high) == pytest.approx((top.low / 2, top.value / 2, top.high / 2))
 
 
 @pytest.mark.parametrize("probability", [0.9, 0.975, 0.995])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,20 +54,22 @@ def at_most(claim: str, measured: float, bound: float, unit: str = "", note: str
     return Claim(claim=claim, measured=measured, bound=bound, unit=unit, holds=measured <= bound, note=note)
 
 
-def sweep(*words: str) -> Sweep:
-    """Run ``linbench run`` with these words in a folder that is thrown away.
+def sweep(*words: str, folder: Path | None = None) -> Sweep:
+    """Run ``linbench run`` with these words, in a folder that is thrown away if none is given.
+
+    In one that has a part of its records already, the rest is measured.
 
     Raises:
         RuntimeError: linbench ended with another exit code than 0.
     """
-    import time
-
     path = os.pathsep.join([str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as away:
+        place = folder or Path(away)
+        place.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "linbench", "run", *words],
-            cwd=folder,
+            cwd=place,
             env={**os.environ, "PYTHONPATH": path},
             capture_output=True,
             text=True,
@@ -75,6 +78,6 @@ def sweep(*words: str) -> Sweep:
         wall_s = time.perf_counter() - start
         if done.returncode:
             raise RuntimeError(f"linbench run {' '.join(words)}: {done.stderr.strip()}")
-        runs, records = read_all(results_files([Path(folder)]))
+        runs, records = read_all(results_files([place]))
     ordered = sorted(records, key=lambda record: record.cell.key)
     return Sweep(runs[-1], ordered, f"linbench run {' '.join(words)}", wall_s)

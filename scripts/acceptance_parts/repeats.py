@@ -3,74 +3,92 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 from acceptance_parts.finding import Part, Sweep, at_most, sweep
-from linbench.record import Record, Status
+from linbench.compare import Comparison, compare
+from linbench.record import Status
 from linbench.report.rounds import shifts
-from linbench.stats import Estimate, ratio_of_medians
+from linbench.stats import Estimate
 
 REPEATS = 20
 BOUND = 0.05
 
 
-def measure() -> Part:
+def measure(keep: Path | None = None) -> Part:
     """Twenty times ``+sweep=smoke``; every cell against itself in the next repeat.
 
     Half an hour or more. SIGTERM or Ctrl-C ends it with the repeats that are complete, if there are two.
+
+    Args:
+        keep: folder for the repeats, each in one of its own; what is there is not measured again.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sweeps: list[Sweep] = []
-    try:
-        for _ in range(REPEATS):
-            sweeps.append(sweep("+sweep=smoke", "measure=[speed]"))
-    except KeyboardInterrupt:
-        if len(sweeps) < 2:
-            raise
-    compared = [_compared(one, other) for one, other in pairwise(sweeps)]
-    pairs = [pair for one in compared for pair in one]
-    different = [(label, ratio) for label, ratio in pairs if ratio.sign]
-    share = len(different) / len(pairs)
-    by_cell = Counter(label for label, _ in different)
-    drifts = [found.value for one in sweeps for found in shifts(one.records).values()]
-    noisy = sum(record.best_status is Status.NOISY for one in sweeps for record in one.records)
-    claim = at_most(
-        f"of {len(pairs)} comparisons of a cell with itself, the share whose interval leaves out 1",
-        share,
-        BOUND,
-        note=f"{len(different)} of them, of {len(by_cell)} cells",
-    )
+    with tempfile.TemporaryDirectory() as away:
+        try:
+            for index in range(REPEATS):
+                folder = (keep or Path(away)) / f"{index:02}"
+                sweeps.append(sweep("+sweep=smoke", "measure=[speed]", folder=folder))
+        except KeyboardInterrupt:
+            if len(sweeps) < 2:
+                raise
+    return _found(sweeps)
+
+
+def _found(sweeps: list[Sweep]) -> Part:
+    compared = [compare(one.records, other.records) for one, other in pairwise(sweeps)]
+    count = sum(len(pair.cells) for pair in compared)
+    whole = [one for pair in compared for one in pair.cells if one.ratio.sign]
+    beside = [one for pair in compared for one in pair.cells if one.beside and one.beside.sign]
+    by_cell = Counter(one.cell.label for one in beside)
+    claims = [
+        at_most(
+            f"of {count} comparisons of a cell with itself, the share whose interval leaves out 1",
+            len(whole) / count,
+            BOUND,
+            note=f"{len(whole)} of them",
+        ),
+        at_most(
+            "the same, with the move that all cells have in common taken out, as linbench compare does",
+            len(beside) / count,
+            BOUND,
+            note=f"{len(beside)} of them, of {len(by_cell)} cells",
+        ),
+    ]
     return Part(
         part="repeats",
         question=f"A/A: {len(sweeps)} repeats of smoke, each cell against itself in the next one: how many differ?",
-        claims=[claim],
+        claims=claims,
         commands=[f"{sweeps[0].command} ({len(sweeps)} times)"],
         environment=sweeps[0].run.environment,
         details={
-            "share_of_each_pair_of_repeats": [
-                sum(bool(ratio.sign) for _, ratio in one) / len(one) if one else None for one in compared
-            ],
+            "common_moves": [_bounds(pair.common) for pair in compared],
+            "share_of_each_pair_of_repeats": [_share(pair, beside=True) for pair in compared],
+            "share_with_the_common_move_left_in": [_share(pair, beside=False) for pair in compared],
             "cells_that_differed": dict(by_cell.most_common()),
-            "geometric_means_of_further_rounds": drifts,
-            "noisy_cells_left_out": noisy,
+            "differing_ratios": [[one.cell.label, *_bounds(one.beside)] for one in beside],
+            "geometric_means_of_further_rounds": [
+                found.value for one in sweeps for found in shifts(one.records).values()
+            ],
+            "noisy_cells_left_out": sum(record.best_status is Status.NOISY for one in sweeps for record in one.records),
             "medians_ms": [_medians_ms(one) for one in sweeps],
-            "wall_s": [round(one.wall_s, 1) for one in sweeps],
-            "differing_ratios": [[label, ratio.value, ratio.low, ratio.high] for label, ratio in different],
         },
     )
 
 
-def _compared(one: Sweep, other: Sweep) -> list[tuple[str, Estimate]]:
-    """The ratio of every cell that both repeats timed undisturbed."""
-    again = {record.cell.key: record for record in other.records}
-    pairs = [(record, again[record.cell.key]) for record in one.records if _counts(record)]
-    return [
-        (record.cell.label, ratio_of_medians(*([s.samples_ms for s in x.timings.values()] for x in (record, next_one))))
-        for record, next_one in pairs
-        if _counts(next_one)
-    ]
+def _share(pair: Comparison, beside: bool) -> float:
+    """Of the cells, those that are called different."""
+    ratios = [one.beside if beside else one.ratio for one in pair.cells]
+    return sum(bool(ratio and ratio.sign) for ratio in ratios) / len(ratios) if ratios else 0.0
+
+
+def _bounds(ratio: Estimate | None) -> list[float]:
+    return [] if ratio is None else [ratio.value, ratio.low, ratio.high]
 
 
 def _medians_ms(one: Sweep) -> dict[str, list[float]]:
@@ -78,9 +96,5 @@ def _medians_ms(one: Sweep) -> dict[str, list[float]]:
     return {
         record.cell.label: [median(speed.samples_ms) for speed in record.timings.values()]
         for record in one.records
-        if _counts(record)
+        if record.speed is not None and record.best_status is Status.OK
     }
-
-
-def _counts(record: Record) -> bool:
-    return record.speed is not None and record.best_status is Status.OK
