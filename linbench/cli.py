@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
@@ -10,27 +9,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from linbench import __version__
 from linbench.errors import UsageError
+from linbench.records_cli import advise, compare, export, report, tally, write_page
+from linbench.verbs import VERBS, Parser
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from linbench.record import Frontier, Record, Run
     from linbench.sweep import Plan
 
-VERBS = {
-    "run": "measure a sweep: linbench run +sweep=smoke",
-    "plan": "show what a sweep would measure, what it costs and what is left out, without running it",
-    "frontier": "search the longest sequence that fits into memory and time: linbench frontier +sweep=frontier",
-    "check": "try to refute a mechanism: causality, gradients, strides, costs, what it claims: linbench check NAME",
-    "capture": "keep q, k, v of a Hugging Face model on a text: linbench capture MODEL --text FILE --out FILE",
-    "report": "build the report of results files or folders",
-    "list": "show mechanisms, inputs, sweeps, measures and devices",
-    "doctor": "say whether this machine is fit to measure",
-}
 CONFIGURED = ("run", "plan", "frontier")
 """The verbs whose words Hydra composes."""
 USAGE, INTERRUPTED = 2, 130
@@ -40,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The ``linbench`` command.
 
     Returns:
-        its exit code: 0, 1 for an unfit machine or a refuted mechanism, 2 for bad input, 130 for Ctrl-C.
+        its exit code: 0; 1 for an unfit machine, a refuted mechanism or a slower head; 2 for bad input; 3 and 4 of a
+        gate that is undecided or invalid; 130 for Ctrl-C.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _show_warning
@@ -68,7 +59,17 @@ def _dispatch(argv: list[str]) -> int:
         from linbench.hydra_front import compose_and_call
 
         return compose_and_call({"run": run, "plan": plan, "frontier": frontier}[verb], verb, rest)
-    others = {"check": check, "capture": capture, "report": report, "list": list_choices, "doctor": doctor}
+    others = {
+        "check": check,
+        "capture": capture,
+        "report": report,
+        "compare": compare,
+        "advise": advise,
+        "export": export,
+        "gate": gate,
+        "list": list_choices,
+        "doctor": doctor,
+    }
     if verb in others:
         return others[verb](rest)
     raise UsageError(f"unknown verb '{verb}'; choose from {', '.join(VERBS)}")
@@ -111,12 +112,12 @@ def run(config: DictConfig, command: str) -> int:
     records = plan.records
     files = [plan.folder / f"{name}.jsonl" for name in plan.runs]
     spent = duration(sum(record.elapsed_s + sum(again.elapsed_s for again in record.rounds) for record in records))
-    print(f"{_tally(records)}; {spent} of measuring. Records: {files[-1]}")
+    print(f"{tally(records)}; {spent} of measuring. Records: {files[-1]}")
     if told := sentence(records):
         print(told)
     title = f"linbench {asked.sweep} on {plan.environment.machine}"
     runs, _ = read_all(files)
-    print(f"Report: {_write_report(runs, records, [], files[-1].with_suffix('.report'), title)}")
+    print(f"Report: {write_page(runs, records, [], files[-1].with_suffix('.report'), title)}")
     return 0
 
 
@@ -155,7 +156,7 @@ def frontier(config: DictConfig, command: str) -> int:
     files = [plan.folder / f"{name}.jsonl" for name in sorted({line.run for line in searches.frontiers})]
     title = f"linbench {asked.sweep} on {plan.environment.machine}"
     runs, _ = read_all(files)
-    page = _write_report(runs, [], searches.frontiers, files[-1].with_suffix(".report"), title)
+    page = write_page(runs, [], searches.frontiers, files[-1].with_suffix(".report"), title)
     print(f"{len(searches.frontiers)} frontiers. Records: {files[-1]}\nReport: {page}")
     return 0
 
@@ -164,7 +165,7 @@ def check(argv: list[str]) -> int:
     """A mechanism → one finding for each property."""
     from linbench.checking import TIME_LIMIT_S, Request, check_all
 
-    parser = _Parser(prog="linbench check", description=VERBS["check"])
+    parser = Parser(prog="linbench check", description=VERBS["check"])
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a mechanism, an import path my_module.MyClass, or all"
     )
@@ -197,7 +198,7 @@ def capture(argv: list[str]) -> int:
     """A model and a text → a file of q, k, v."""
     from linbench.capture import Request, capture
 
-    parser = _Parser(prog="linbench capture", description=VERBS["capture"])
+    parser = Parser(prog="linbench capture", description=VERBS["capture"])
     parser.add_argument("model", metavar="MODEL", help="a folder with a Hugging Face model, or its name on the hub")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8, one text each")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
@@ -210,31 +211,18 @@ def capture(argv: list[str]) -> int:
     return 0
 
 
-def report(argv: list[str]) -> int:
-    """Records → report."""
-    from linbench.store import read_all, read_frontiers, results_files
+def gate(argv: list[str]) -> int:
+    """Two versions of the code → is one slower?"""
+    from linbench.gate.command import run
 
-    parser = _Parser(prog="linbench report", description=VERBS["report"])
-    parser.add_argument("paths", nargs="*", default=["results"], help="results files or folders (default: results)")
-    parser.add_argument("--output", help="folder to write (default: all.report, beside the results)")
-    parser.add_argument("--title", help="heading of the page")
-    options = parser.parse_args(argv)
-    paths = [Path(path) for path in options.paths]
-    beside = paths[0] if paths[0].is_dir() else paths[0].parent
-    folder = Path(options.output) if options.output else beside / "all.report"
-    files = results_files(paths)
-    runs, records = read_all(files)
-    frontiers = read_frontiers(files)
-    page = _write_report(runs, records, frontiers, folder, options.title or f"linbench: {', '.join(options.paths)}")
-    print(f"{_tally(records)}{f'; {len(frontiers)} frontiers' if frontiers else ''}. Report: {page}")
-    return 0
+    return run(argv)
 
 
 def list_choices(argv: list[str]) -> int:
     """What there is to choose from."""
     from linbench.listing import GROUPS, show
 
-    parser = _Parser(prog="linbench list", description=VERBS["list"])
+    parser = Parser(prog="linbench list", description=VERBS["list"])
     parser.add_argument("group", nargs="?", choices=GROUPS, help="one group only (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
@@ -246,7 +234,7 @@ def doctor(argv: list[str]) -> int:
     """Is this machine fit to measure?"""
     from linbench.doctor import examine
 
-    _Parser(prog="linbench doctor", description=VERBS["doctor"]).parse_args(argv)
+    Parser(prog="linbench doctor", description=VERBS["doctor"]).parse_args(argv)
     return examine()
 
 
@@ -266,25 +254,6 @@ def _stopped(command: str) -> int:
     return INTERRUPTED
 
 
-def _tally(records: Sequence[Record]) -> str:
-    counts: dict[str, int] = {}
-    for record in records:
-        counts[str(record.best_status)] = counts.get(str(record.best_status), 0) + 1
-    parts = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
-    return f"{len(records)} cells: {parts}"
-
-
-def _write_report(
-    runs: Sequence[Run], records: Sequence[Record], frontiers: Sequence[Frontier], folder: Path, title: str
-) -> Path:
-    from linbench.report import write_report
-
-    try:
-        return write_report(records, runs, folder, title, frontiers)
-    except OSError as error:
-        raise UsageError(f"the report cannot be written to {folder}: {error.strerror or error}") from error
-
-
 def _complete(argv: list[str]) -> int:
     """Shell completion: the verb is ours, the rest is Hydra's.
 
@@ -302,14 +271,6 @@ def _complete(argv: list[str]) -> int:
             return 0
         os.environ["COMP_LINE"] = typed[1] + typed[3]
     return hydra_completion(argv)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, as everything else here does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the arguments."""
-        raise UsageError(f"{self.prog.removeprefix('linbench ')}: {message}")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -98,12 +98,7 @@ def outline(config: Config, runner: Runner) -> Plan:
         UsageError: a mechanism, implementation, parameter or shape that cannot be.
     """
     cells = expand(config)
-    measures = {
-        choice.name: Measure(
-            target=choice.target or "", parameters={key: values[0] for key, values in choice.parameters.items()}
-        )
-        for choice in config.measures
-    }
+    measures = measures_of(config)
     threads = default_threads()
     survey = runner.survey(SurveyRequest(devices=[device.name for device in config.devices], threads=threads))
     prospects, problems = _prospects(cells, measures, runner)
@@ -124,6 +119,16 @@ def outline(config: Config, runner: Runner) -> Plan:
         memory_limit_bytes=limit,
     )
     return Plan(steps, {}, survey.environment, measures, config, limit, problems)
+
+
+def measures_of(config: Config) -> dict[str, Measure]:
+    """The measures that are asked for, by name."""
+    return {
+        choice.name: Measure(
+            target=choice.target or "", parameters={key: values[0] for key, values in choice.parameters.items()}
+        )
+        for choice in config.measures
+    }
 
 
 def _prospects(cells: Sequence[Cell], measures: dict[str, Measure], runner: Runner) -> tuple[list[Prospect], list[str]]:

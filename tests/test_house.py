@@ -13,9 +13,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from linbench import registry
-from linbench.cli import VERBS
 from linbench.config import Axes, config_dir
 from linbench.mechanisms.base import Geometry
+from linbench.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "linbench"
