@@ -22,7 +22,9 @@ def show(advice: Sequence[Advice], points: Points) -> None:
     names, settings = series_names(points.series), setting_names(points.settings)
     for setting in dict.fromkeys(one.setting for one in advice):
         of_setting = [one for one in advice if one.setting == setting]
-        heading = f"{settings[setting]}, {setting.shape}, on {setting.machine}"
+        name = settings[setting]
+        parts = [name, *(part for part in (setting.shape, setting.machine) if part not in name)]
+        heading = ", ".join(parts)
         if len(of_setting) == 1:
             _single(of_setting[0], names, heading, out)
         else:

@@ -31,6 +31,10 @@ from linbench.protocol import ForeseeRequest, Measure
 from linbench.stats import Estimate
 
 FLOOR_BLOCKS, FIRST_BLOCKS, FURTHER_BLOCKS, AGAIN_BLOCKS = 3, 6, 3, 6
+MOST_BLOCKS = 24
+"""Of one cell, disturbed ones included: what is undecided then stays so."""
+FEWEST_BLOCKS = 3
+"""That can call anything different: of two, the most extreme arrangement has a probability of 1/36."""
 WORST_FLOOR = 0.5
 """A machine that makes more than this of identical code cannot tell anything."""
 MEMORY_GROWTH, MEMORY_SLACK_BYTES = 1.05, 2**20
@@ -162,7 +166,9 @@ def compare(session: Session, watched: list[Watched], asked: Asked, deadline: fl
 
 def _open(finding: Finding) -> bool:
     """Whether more blocks could decide."""
-    return finding.verdict is Verdict.UNDECIDED
+    disturbed = finding.verdict is Verdict.INVALID and finding.dropped > 0
+    undecided = finding.verdict is Verdict.UNDECIDED
+    return (disturbed or undecided) and finding.blocks + finding.dropped < MOST_BLOCKS
 
 
 def judged(watched: Sequence[Watched], threshold: float) -> list[Finding]:
@@ -177,8 +183,9 @@ def _finding(one: Watched, threshold: float, level: float) -> Finding:
         return Finding(one.cell, Verdict.WRONG, f"head: {one.failures['head']}")
     if one.failures:
         return Finding(one.cell, Verdict.INVALID, f"base: {one.failures['base']}")
-    if not one.blocks or not one.floor_blocks:
-        return Finding(one.cell, Verdict.INVALID, "every block was disturbed by other processes", dropped=one.dropped)
+    if len(one.blocks) < FEWEST_BLOCKS:
+        reason = "too few blocks were undisturbed by other processes"
+        return Finding(one.cell, Verdict.INVALID, reason, blocks=len(one.blocks), dropped=one.dropped)
     seen = floor(one.floor_blocks, one.blocks)
     larger, _ = smaller_p(one.blocks)
     told = {

@@ -1,5 +1,6 @@
 """Kernels that do not compute what they are timed for, each caught by what it does."""
 
+import itertools
 import threading
 import time
 
@@ -168,10 +169,11 @@ def test_remembered_gradients_are_caught(pass_):
         require_honest(one, one.forward().detach())
 
 
-def counted(call, calls):
-    """A timer that knows no noise: one for a call that computes, a hundredth for one that remembers."""
+def counted(call):
+    """Clocks that know no noise: one for a call that computes, a hundredth for one that remembers."""
     call.timed_part()()
-    return 1.0 if getattr(call.mechanism, "computed", True) else 0.01
+    took = 1.0 if getattr(call.mechanism, "computed", True) else 0.01
+    return took, took
 
 
 def test_a_result_that_is_kept_until_the_inputs_change_shows_in_the_time_alone():
@@ -187,3 +189,13 @@ def test_what_computes_every_time_takes_as_long_for_new_values_and_keeps_them(pa
     before = [x.detach().clone() for x in (one.q, one.k, one.v)]
     require_fresh(one, counted)
     assert all(torch.equal(a, b) for a, b in zip(before, (one.q, one.k, one.v), strict=True))
+
+
+def test_a_call_that_only_waited_longer_is_no_cheat():
+    waits = itertools.cycle([(1.0, 1.0), (3.0, 1.0)])
+
+    def waiting(call):
+        call.timed_part()()
+        return next(waits)
+
+    require_fresh(call(Honest), waiting)
