@@ -84,7 +84,7 @@ def _table(points: Points, setting: Setting, name: str, quantity: str) -> str | 
     statuses = {(point.series, point.length): point.status for point in found}
     rows = []
     names = series_names(points.series)
-    for series in dict.fromkeys(point.series for point in found):
+    for series in dict.fromkeys(point.series for point in found if value(point) or _answered(point.status)):
         cells = [escaped(names[series])]
         for length in lengths:
             one = values.get((series, length))
@@ -95,7 +95,8 @@ def _table(points: Points, setting: Setting, name: str, quantity: str) -> str | 
                 cells.append(rf"\textbf{{{told}}}" if one[0] == smallest[length] and quantity != "error" else told)
         rows.append(" & ".join(cells) + r" \\")
     head = " & ".join(["mechanism", *(escaped(units.tokens(length)) for length in lengths)]) + r" \\"
-    caption = escaped(f"{words[0].upper()}{words[1:]}, by tokens: {name}, {setting.shape}.")
+    shape = "" if setting.shape in name else f", {setting.shape}"
+    caption = escaped(f"{words[0].upper()}{words[1:]}, by tokens: {name}{shape}.")
     return "\n".join(
         [
             r"\begin{table}",
@@ -112,6 +113,11 @@ def _table(points: Points, setting: Setting, name: str, quantity: str) -> str | 
             "",
         ]
     )
+
+
+def _answered(status: Status) -> bool:
+    """Whether it failed: a cell that only was not asked for this quantity is no row."""
+    return status not in (Status.OK, Status.NOISY, Status.UNSUPPORTED)
 
 
 def _missing(status: Status | None) -> str:
