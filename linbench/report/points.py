@@ -35,7 +35,7 @@ class Setting:
     head_dim: int
     value_dim: int
 
-    @property
+    @cached_property
     def order(self) -> tuple[str, str, str, tuple[int, ...], bool, int]:
         """Sorts settings: machine, device, dtype and shape first, so that neighbours differ by mask and pass."""
         shape = (self.batch, self.heads, self.head_dim, self.value_dim)
@@ -57,13 +57,13 @@ class Series:
     """Canonical JSON."""
     implementation: str
 
-    @property
+    @cached_property
     def order(self) -> tuple[bool, str, str, list[tuple[str, str]], str]:
         """Sorts series: exact attention first, numbers by size."""
         values = [(name, _sortable(value)) for name, value in self.parameters.items()]
         return (self.mechanism != EXACT, self.mechanism, self.target or "", values, self.implementation)
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, Scalar]:
         """The hyperparameters by name."""
         loaded: dict[str, Scalar] = json.loads(self.hyperparameters)
@@ -121,6 +121,18 @@ class Point:
         return pooled_median(self.samples_ms) if self.samples_ms else None
 
     @cached_property
+    def tokens_per_s(self) -> Estimate | None:
+        """Tokens of all sequences of the batch that a second of calls takes in; a decoding step takes one of each."""
+        if self.latency_ms is None:
+            return None
+        tokens = 1e3 * self.setting.batch * (1 if self.setting.pass_ == "decode" else self.length)
+        time = self.latency_ms
+        slowest = max(samples.max() for samples in self.samples_ms)
+        return Estimate(
+            tokens / time.value, tokens / time.high, tokens / time.low, time.coverage, time.count, tokens / slowest
+        )
+
+    @cached_property
     def launch_overhead(self) -> float | None:
         """CUDA: the share of the host's time of a call in which its kernels do not run; None on a CPU."""
         timed = [speed for record in self.measured for speed in record.timings.values() if speed.host_ms]
@@ -142,6 +154,12 @@ class Point:
         return median_interval(samples) if samples else None
 
     @cached_property
+    def state_bytes(self) -> Estimate | None:
+        """Bytes from which the next token is decoded after all N, by the cost model."""
+        known = [record.cost.state_bytes for record in self.measured if record.cost and record.cost.state_bytes]
+        return median_interval(known) if known else None
+
+    @cached_property
     def errors(self) -> list[Error]:
         """One block for each seed (and family, when pooled)."""
         return [record.error for record in self.measured if record.error]
@@ -158,6 +176,15 @@ class Point:
             low, high = min(sampled[0], value), max(sampled[1], value)
         return Estimate(value, low, high, 0.95, len(values), min(values))
 
+    @cached_property
+    def skill(self) -> Estimate | None:
+        """Median over seeds, with the interval that the relative error's has in it."""
+        value, wrong, trivial = self.error_median("skill"), self.relative_error, self.error_median("trivial_error")
+        if value is None or wrong is None or not trivial:
+            return None
+        low, high = min(1 - wrong.high / trivial, value), max(1 - wrong.low / trivial, value)
+        return Estimate(value, low, high, wrong.coverage, wrong.count, low)
+
     def error_median(self, field: str) -> float | None:
         """Median over seeds of a field of the error block, or None where it was not measured."""
         values = [value for block in self.errors if (value := getattr(block, field)) is not None]
@@ -172,6 +199,19 @@ class Point:
         found = [roofline(record, environments.get(record.run)) for record in self.measured]
         shares = sorted((one.share, i) for i, one in enumerate(found) if one is not None and one.share is not None)
         return found[shares[(len(shares) - 1) // 2][1]] if shares else None
+
+    def roofline_share(self, environments: Mapping[str, Environment]) -> Estimate | None:
+        """The share of the roofline, with the interval that the latency has."""
+        found, time = self.roofline(environments), self.latency_ms
+        if found is None or found.share is None or time is None:
+            return None
+        low, high = (found.share * time.value / bound for bound in (time.high, time.low))
+        return Estimate(found.share, low, high, time.coverage, time.count, low)
+
+    @cached_property
+    def record_names(self) -> tuple[str, ...]:
+        """``RUN/KEY`` of the records behind the numbers, or of all where there are none."""
+        return tuple(f"{record.run}/{record.cell.key}" for record in self.measured or self.records)
 
     @property
     def reading(self) -> str | None:
