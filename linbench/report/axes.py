@@ -44,7 +44,7 @@ class Scale:
     def top(self, strip: float) -> float:
         """The upper limit that leaves the fraction ``strip`` of the axis free of values."""
         if self.logarithmic:
-            return self.low * (self.high / self.low) ** (1 / (1 - strip))
+            return float(self.low * (self.high / self.low) ** (1 / (1 - strip)))
         return self.low + (self.high - self.low) / (1 - strip)
 
     def ticks(self) -> tuple[list[float], list[str]]:

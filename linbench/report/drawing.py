@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from matplotlib.markers import MarkerStyle
 
 from linbench.report.charts import Look, line_options
 from linbench.report.panel import Chart, Panel
+from linbench.report.points import Series
 from linbench.report.style import INK, PAPER, VARIABLES, Style
 
 WIDTH_POINTS = 360.0
 """Width of a panel."""
-MOST_PANELS = 12
-"""A file holds no more of them: a figure of a hundred panels is none. The page and the CSV have all."""
+MOST_LINES = 120
+"""Series of all panels of a file together: a figure of thousands is none. The page and the CSV have all of them."""
 _TOP, _BOTTOM = 8.0, 24.0
 _TITLE_POINTS = 22.0
 _LEGEND_POINTS = 15.0
@@ -35,15 +38,30 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
+def drawn(chart: Chart) -> Sequence[Panel]:
+    """The panels that the files hold: the first ones, as many as can be read, and one at least."""
+    lines = accumulate(len(series) for series in _series(chart.panels))
+    return chart.panels[: max(1, sum(total <= MOST_LINES for total in lines))]
+
+
+def _legend(chart: Chart) -> list[Series]:
+    there = set().union(*_series(drawn(chart)))
+    return [series for series in chart.legend if series in there]
+
+
+def _series(panels: Sequence[Panel]) -> list[set[Series]]:
+    return [{entry.point.series for entry in panel.content.entries()} for panel in panels]
+
+
 def save_files(chart: Chart, look: Look, folder: Path) -> None:
     """``SLUG.png`` and ``SLUG.svg``: the panels, two to a row, with titles and a legend below, on white."""
-    panels = chart.panels[:MOST_PANELS]
+    panels, legend = drawn(chart), _legend(chart)
     columns = min(2, len(panels))
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     heights = [max(panel.height for panel in row) + _TITLE_POINTS for row in rows]
     width = WIDTH_POINTS * columns
-    entries = max(1, int(width / (28 + 5.6 * max((len(look.names[one]) for one in chart.legend), default=1) + 30)))
-    footer = _LEGEND_POINTS * math.ceil(len(chart.legend) / entries) + 12
+    entries = max(1, int(width / (28 + 5.6 * max((len(look.names[one]) for one in legend), default=1) + 30)))
+    footer = _LEGEND_POINTS * math.ceil(len(legend) / entries) + 12
     total = sum(heights) + footer
     with rc_context(_SETTINGS | {"svg.hashsalt": chart.slug}):
         figure = Figure(figsize=(width / 72, total / 72), dpi=_DPI, facecolor="white")
@@ -55,8 +73,8 @@ def save_files(chart: Chart, look: Look, folder: Path) -> None:
                 axes.set_title(panel.title, fontsize=9.5, color=INK, loc="left", pad=8)
                 panel.content.draw(axes)
             top -= height
-        if chart.legend:
-            handles = [Line2D([], [], label=look.names[one], **line_options(look.styles[one])) for one in chart.legend]
+        if legend:
+            handles = [Line2D([], [], label=look.names[one], **line_options(look.styles[one])) for one in legend]
             figure.legend(
                 handles=handles, loc="lower center", ncols=entries, frameon=False, fontsize=8.5, handlelength=3
             )

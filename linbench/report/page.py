@@ -20,7 +20,7 @@ from linbench.record import Frontier, Record, Run
 from linbench.report.answers import make_answers, summary
 from linbench.report.crossover import crossovers
 from linbench.report.definitions import DEFINITIONS, ROOFLINE
-from linbench.report.drawing import MOST_PANELS, save_files, swatch_symbol
+from linbench.report.drawing import drawn, save_files, swatch_symbol
 from linbench.report.failures import make_failures
 from linbench.report.figures import make_charts, make_look
 from linbench.report.frame import records_frame
@@ -184,9 +184,7 @@ def _markdown(content: dict[str, Any]) -> str:
     rows = sum(len(table.rows) for league in content["leagues"] for table in league.tables)
     rows += sum(len(grid.rows) for section in content["sections"] for grid in section.grids)
     brief = rows > MOST_ROWS
-    return environment.get_template("report.md.j2").render(
-        content, folder=FIGURES, brief=brief, most_panels=MOST_PANELS
-    )
+    return environment.get_template("report.md.j2").render(content, folder=FIGURES, brief=brief, drawn=drawn)
 
 
 def _markdown_text(value: object) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from matplotlib.axes import Axes
 
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 class Content(Protocol):
     """What is inside the axes of a panel."""
 
-    kind: str
+    kind: ClassVar[str]
     """Which function of the page draws it."""
 
     def draw(self, axes: Axes) -> None:

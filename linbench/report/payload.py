@@ -103,11 +103,11 @@ class Payload:
 
     def _record(self, point: Point) -> tuple[int, int]:
         """Number of the first record, and how many there are."""
-        names = point.record_names
-        index = self._records.setdefault(names[0], len(self._records))
+        name = point.record_name
+        index = self._records.setdefault(name, len(self._records))
         if index == len(self._names):
-            self._names.append(names[0])
-        return index, len(names)
+            self._names.append(name)
+        return index, len(point.measured or point.records)
 
     def _numbered(self, value: Any) -> Any:
         """Series by their numbers, and floats short, wherever they are."""
@@ -160,7 +160,7 @@ def _csv_row(title: str, entry: Entry) -> list[Any]:
         *([_short(across.value), _short(across.low), _short(across.high)] if across else [None] * 3),
         entry.point.status,
         int(entry.point.launch_bound),
-        entry.point.record_names[0],
+        entry.point.record_name,
     ]
 
 

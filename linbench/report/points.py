@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from linbench.stats import Estimate, Samples, median_interval, pooled_median
 EXACT = "softmax"
 """The mechanism whose implementations are the exact attention that all others are held against."""
 LAUNCH_BOUND = 0.2
+_Grouped = dict[tuple["Setting", "Series", int, "str | None"], list[tuple[Record, str]]]
 _PASSES = ("forward", "backward", "forward_backward", "prefill", "decode")
 
 
@@ -79,6 +81,8 @@ class Point:
     length: int
     inputs: str | None
     records: tuple[Record, ...]
+    keys: tuple[str, ...]
+    """Of the records' cells."""
 
     @cached_property
     def measured(self) -> tuple[Record, ...]:
@@ -170,7 +174,7 @@ class Point:
         if not self.errors:
             return None
         values = [block.relative_error for block in self.errors]
-        value, (low, high) = float(np.median(values)), (min(values), max(values))
+        value, (low, high) = float(median(values)), (min(values), max(values))
         sampled = self.errors[0].relative_error_interval
         if len(values) == 1 and sampled:
             low, high = min(sampled[0], value), max(sampled[1], value)
@@ -188,7 +192,7 @@ class Point:
     def error_median(self, field: str) -> float | None:
         """Median over seeds of a field of the error block, or None where it was not measured."""
         values = [value for block in self.errors if (value := getattr(block, field)) is not None]
-        return float(np.median(values)) if values else None
+        return float(median(values)) if values else None
 
     def roofline(self, environments: Mapping[str, Environment]) -> Roofline | None:
         """That of the record with the median share (the lower of two); None where no record has one.
@@ -208,10 +212,12 @@ class Point:
         low, high = (found.share * time.value / bound for bound in (time.high, time.low))
         return Estimate(found.share, low, high, time.coverage, time.count, low)
 
-    @cached_property
-    def record_names(self) -> tuple[str, ...]:
-        """``RUN/KEY`` of the records behind the numbers, or of all where there are none."""
-        return tuple(f"{record.run}/{record.cell.key}" for record in self.measured or self.records)
+    @property
+    def record_name(self) -> str:
+        """``RUN/KEY`` of the first record behind the numbers, or of the first of all where there are none."""
+        first = self.measured[0] if self.measured else self.records[0]
+        index = next(index for index, record in enumerate(self.records) if record is first)
+        return f"{first.run}/{self.keys[index]}"
 
     @property
     def reading(self) -> str | None:
@@ -260,17 +266,17 @@ def make_points(records: Sequence[Record], runs: Sequence[Run]) -> Points:
     for key, record in keyed:
         if key not in newest or record.time >= newest[key].time:
             newest[key] = record
-    current = [(machine, record) for (machine, key), record in keyed if record.code == newest[machine, key].code]
+    current = [(*place, record) for place, record in keyed if record.code == newest[place].code]
     superseded = tuple(record for key, record in keyed if record.code != newest[key].code)
-    pooled: dict[tuple[Setting, Series, int, str | None], list[Record]] = defaultdict(list)
-    by_inputs: dict[tuple[Setting, Series, int, str | None], list[Record]] = defaultdict(list)
-    for machine, record in current:
+    pooled: _Grouped = defaultdict(list)
+    by_inputs: _Grouped = defaultdict(list)
+    for machine, name, record in current:
         cell = record.cell
         setting, series = setting_of(cell, machine), series_of(cell)
-        pooled[setting, series, cell.length, None].append(record)
-        by_inputs[setting, series, cell.length, inputs_of(cell)].append(record)
+        pooled[setting, series, cell.length, None].append((record, name))
+        by_inputs[setting, series, cell.length, inputs_of(cell)].append((record, name))
     environments = {run.run: run.environment for run in runs}
-    kept = tuple(record for _, record in current)
+    kept = tuple(record for *_, record in current)
     return Points(_points(pooled), _points(by_inputs), superseded, kept, environments)
 
 
@@ -293,8 +299,8 @@ def inputs_of(cell: Cell) -> str:
     return f"{name} [{cell.inputs_target}]" if cell.inputs_target else name
 
 
-def _points(grouped: dict[tuple[Setting, Series, int, str | None], list[Record]]) -> tuple[Point, ...]:
-    return tuple(Point(*key, tuple(records)) for key, records in grouped.items())
+def _points(grouped: _Grouped) -> tuple[Point, ...]:
+    return tuple(Point(*place, *zip(*found, strict=True)) for place, found in grouped.items())
 
 
 def _call(name: str, parameters: dict[str, Scalar]) -> str:
