@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
@@ -69,6 +70,7 @@ class Lines:
     trivial: bool = False
     """Whether to draw the error of the trivial predictor."""
 
+    @cached_property
     def entries(self) -> list[Entry]:
         """A value or a failure of every point that has one."""
         found = []

@@ -50,7 +50,7 @@ def _legend(chart: Chart) -> list[Series]:
 
 
 def _series(panels: Sequence[Panel]) -> list[set[Series]]:
-    return [{entry.point.series for entry in panel.content.entries()} for panel in panels]
+    return [{entry.point.series for entry in panel.content.entries} for panel in panels]
 
 
 def save_files(chart: Chart, look: Look, folder: Path) -> None:

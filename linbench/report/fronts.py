@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
@@ -32,6 +33,7 @@ class Front:
     cost: Scale
     error: Scale
 
+    @cached_property
     def entries(self) -> list[Entry]:
         """Error against cost."""
         found = []
@@ -58,13 +60,13 @@ class Front:
         bare(axes)
         value_axis(axes, "x", self.cost)
         value_axis(axes, "y", self.error)
-        placed = {entry.point: self._place(entry) for entry in self.entries()}
+        placed = {entry.point: self._place(entry) for entry in self.entries}
         stair = [placed[point] for point in self.trade.front]
         options: dict[str, Any] = {"color": MUTED, "drawstyle": "steps-post", "linewidth": 1.2, "zorder": 1}
         axes.plot([x for x, _ in stair], [y for _, y in stair], **options)
         if self._trivial:
             axes.axhline(self.error.at(self._trivial), color=MUTED, linewidth=3, alpha=0.4, zorder=1)
-        for entry in self.entries():
+        for entry in self.entries:
             self._mark(axes, entry, placed[entry.point])
             if len(placed) > CROWDED and entry.point in self.trade.front:
                 offset: dict[str, Any] = {"xytext": (6, 5), "textcoords": "offset points"}
@@ -102,6 +104,7 @@ class Brackets:
     look: Look
     lengths: Sequence[int]
 
+    @cached_property
     def entries(self) -> list[Entry]:
         """The ratio at every length compared."""
         at = {(point.series, point.length): point for point in self.points}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import gzip
 import importlib.util
 import shutil
@@ -23,7 +24,7 @@ from linbench.report.definitions import DEFINITIONS, ROOFLINE
 from linbench.report.drawing import drawn, save_files, swatch_symbol
 from linbench.report.failures import make_failures
 from linbench.report.figures import make_charts, make_look
-from linbench.report.frame import records_frame
+from linbench.report.frame import write_csv
 from linbench.report.frontiers import frontier_section
 from linbench.report.growth import growth_section
 from linbench.report.league import has_rooflines, make_leagues
@@ -71,6 +72,7 @@ def write_report(
     Returns:
         The path of ``index.html``.
     """
+    gc.freeze()  # what was read is no garbage: looking through it again and again takes as long as the rest
     folder.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
     try:
@@ -79,12 +81,13 @@ def write_report(
         for chart in content["charts"]:
             save_files(chart, content["look"], draft / FIGURES)
             (draft / FIGURES / f"{chart.slug}.csv").write_text(chart_csv(chart), encoding="utf-8")
-        records_frame(records, runs).to_csv(draft / "cells.csv", index=False)
+        write_csv(records, runs, draft / "cells.csv")
         (draft / "report.md").write_text(_markdown(content), encoding="utf-8")
         (draft / "index.html").write_text(_html(content), encoding="utf-8")
         _publish(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        gc.unfreeze()
     return folder / "index.html"
 
 

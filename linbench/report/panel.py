@@ -36,6 +36,7 @@ class Content(Protocol):
     def draw(self, axes: Axes) -> None:
         """With matplotlib, for the files."""
 
+    @property
     def entries(self) -> Sequence[Entry]:
         """The numbers, series by series."""
 

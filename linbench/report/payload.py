@@ -83,7 +83,7 @@ class Payload:
             "kind": panel.content.kind,
             "setting": self._settings[panel.setting],
             "inputs": None if panel.inputs is None else self._inputs[panel.inputs],
-            "entries": [self._entry(entry) for entry in panel.content.entries()],
+            "entries": [self._entry(entry) for entry in panel.content.entries],
             "frame": self._numbered(panel.content.frame()),
         }
 
@@ -144,7 +144,7 @@ def chart_csv(chart: Chart) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for panel in chart.panels:
-        writer.writerows(_csv_row(panel.title, entry) for entry in panel.content.entries())
+        writer.writerows(_csv_row(panel.title, entry) for entry in panel.content.entries)
     return stream.getvalue()
 
 

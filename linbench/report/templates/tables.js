@@ -76,6 +76,8 @@ function showLeagues() {
   const holder = document.getElementById("leagues");
   if (!holder) return;
   const leagues = data.leagues.filter(panelShown);
+  const rows = (league) => Math.max(...league.tables.map((table) => table[3].length));
+  leagues.sort((one, other) => rows(other) - rows(one)); // the fullest table stands first, and opened
   holder.replaceChildren(...leagues.map((league, index) =>
     folded(league.heading, () => leagueTable(league), index === 0)));
   if (!leagues.length) holder.append(element("p", { class: "muted" }, "Nothing was run with these filters."));
