@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from linbench.compact import share_fields_set
+
 Scalar = bool | int | float | str | None
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Pass = Literal["forward", "backward", "forward_backward", "prefill", "decode"]
@@ -44,6 +46,10 @@ class Cell(BaseModel):
     device: str = "cpu"
     device_parameters: dict[str, Scalar] = Field(default_factory=dict)
     seed: NonNegativeInt = 0
+
+    def model_post_init(self, _: object, /) -> None:
+        """Keep small what every record has."""
+        share_fields_set(self)
 
     @property
     def key(self) -> str:

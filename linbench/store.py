@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from linbench.errors import UsageError
 from linbench.record import SCHEMA_VERSION, Frontier, Record, Round, Run
@@ -18,6 +21,11 @@ from linbench.record import SCHEMA_VERSION, Frontier, Record, Round, Run
 KINDS: dict[str, type[Record | Round | Frontier]] = {"cell": Record, "round": Round, "frontier": Frontier}
 """What a line after the first may be, by its ``kind``."""
 Line = TypeVar("Line", Run, Record | Round | Frontier)
+_ANY_LINE: TypeAdapter[Record | Round | Frontier] = TypeAdapter(
+    Annotated[Record | Round | Frontier, Field(discriminator="kind")]
+)
+_NEWER = "{path} has schema {schema}; this linbench reads schemas up to {known}: upgrade it"
+_FRONTIER = re.compile(r'"kind"\s*:\s*"frontier"')
 
 
 class Contents(NamedTuple):
@@ -67,34 +75,65 @@ class RunFile:
         self._file.close()
 
 
-def read(path: Path) -> Contents:
+def read(path: Path, wanted: Callable[[str], object] = lambda _: True) -> Contents:
     """Read one results file.
+
+    Args:
+        path: of the file.
+        wanted: says of the text of a line whether it counts; the first one always does.
 
     A last line that was cut off in mid-write is dropped with a warning.
 
     Raises:
         UsageError: the file cannot be read, is not one of linbench's, or was written by a newer linbench.
     """
+    contents: Contents | None = None
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, text in enumerate(file, 1):
+                if not text.endswith("\n"):
+                    warnings.warn(f"{path}: the last line was cut off in mid-write and is left out", stacklevel=2)
+                elif contents is None:
+                    contents = Contents(_parse(text, {"run": Run}, path, 1), [], [], [])
+                elif text.strip() and wanted(text):
+                    _sort(_read_line(text, path, number), contents)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    cut_off = lines.pop()  # what follows the last newline: nothing, unless the writer was killed
-    if cut_off:
-        warnings.warn(f"{path}: the last line was cut off in mid-write and is left out", stacklevel=2)
-    if not lines:
+    if contents is None:
         raise UsageError(f"{path} is not a linbench results file: it has no complete line")
-    contents = Contents(_parse(lines[0], {"run": Run}, path, 1), [], [], [])
-    for number, text in enumerate(lines[1:], 2):
-        if text.strip():
-            line = _parse(text, KINDS, path, number)
-            if isinstance(line, Record):
-                contents.records.append(line)
-            elif isinstance(line, Round):
-                contents.rounds.append(line)
-            else:
-                contents.frontiers.append(line)
     return contents
+
+
+def _sort(line: Record | Round | Frontier, contents: Contents) -> None:
+    if isinstance(line, Record):
+        contents.records.append(line)
+    elif isinstance(line, Round):
+        contents.rounds.append(line)
+    else:
+        contents.frontiers.append(line)
+
+
+def _read_line(text: str, path: Path, number: int) -> Record | Round | Frontier:
+    """In one pass where all is well; what is wrong is found out slowly."""
+    try:
+        line = _ANY_LINE.validate_json(text)
+    except ValidationError:
+        return _parse(text, KINDS, path, number)
+    if line.schema_version > SCHEMA_VERSION:
+        raise UsageError(_NEWER.format(path=path, schema=line.schema_version, known=SCHEMA_VERSION))
+    return line
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing of what is read is garbage: looking for it among a hundred thousand records takes as long as reading."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _parse(text: str, kinds: Mapping[str, type[Line]], path: Path, number: int) -> Line:
@@ -104,7 +143,7 @@ def _parse(text: str, kinds: Mapping[str, type[Line]], path: Path, number: int) 
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path} is not a linbench results file: line {number} is none of its lines") from error
     if schema > SCHEMA_VERSION:
-        raise UsageError(f"{path} has schema {schema}; this linbench reads schemas up to {SCHEMA_VERSION}: upgrade it")
+        raise UsageError(_NEWER.format(path=path, schema=schema, known=SCHEMA_VERSION))
     if kind not in kinds:
         raise UsageError(f"{path} is not a linbench results file: line {number} is of kind '{kind}'")
     try:
@@ -144,7 +183,9 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
     runs: list[Run] = []
     newest: dict[tuple[str, str], Record] = {}
     rounds: list[tuple[str, Round]] = []
-    for run, records, again, _ in sorted((read(path) for path in paths), key=lambda contents: contents.run.time):
+    with _no_collection():
+        contents = sorted((read(path) for path in paths), key=lambda contents: contents.run.time)
+    for run, records, again, _ in contents:
         runs.append(run)
         for record in records:
             key = (run.environment.machine, record.cell.key)
@@ -161,7 +202,7 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
 def read_frontiers(paths: Iterable[Path]) -> list[Frontier]:
     """The newest frontier of every series on every machine, oldest first."""
     newest: dict[tuple[str, str], Frontier] = {}
-    for contents in sorted((read(path) for path in paths), key=lambda contents: contents.run.time):
+    for contents in sorted((read(path, _FRONTIER.search) for path in paths), key=lambda contents: contents.run.time):
         for line in contents.frontiers:
             key = (contents.run.environment.machine, line.cell.series())
             newest.pop(key, None)  # so that the newest stands last

@@ -6,6 +6,8 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
+from linbench.compact import share_fields_set
+
 SCHEMA_VERSION = 4
 
 
@@ -30,3 +32,7 @@ class Block(BaseModel):
     """A part of a record: no unknown fields, no NaN, no infinity."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, use_attribute_docstrings=True)
+
+    def model_post_init(self, _: object, /) -> None:
+        """Keep small what there are millions of."""
+        share_fields_set(self)

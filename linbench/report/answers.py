@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from linbench.record import Record
-from linbench.report.crossover import Crossover
-from linbench.report.names import length_ranges, listing, setting_names, variant_names
+from linbench.report.crossover import Crossover, fastest_exact
+from linbench.report.names import length_ranges, listing, mask_name, pass_name, setting_names, variant_names
 from linbench.report.pareto import common_length
 from linbench.report.points import EXACT, Point, Points, Series, Setting
 from linbench.report.units import error, skill, tokens
 from linbench.stats import ratio_of_medians
 
 _MOST_NAMED = 8
+_MOST_LEADING = 3
 _TIE = 1.25
 """Medians further apart than this factor are not examined for a tie: few intervals are that wide."""
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class Answer:
     """What was found in one setting."""
 
     heading: str
+    setting: Setting
+    lead: str
+    """Where, and what passes exact attention there, in a sentence that stands alone."""
     sentences: list[str]
 
 
@@ -50,6 +56,8 @@ def make_answers(points: Points, crossings: dict[Setting, list[Crossover]], name
     return [
         Answer(
             headings[setting],
+            setting,
+            _lead(points, setting, crossings[setting], names),
             [
                 *_fastest(group, names),
                 *_passing(group, crossings[setting], names),
@@ -58,6 +66,44 @@ def make_answers(points: Points, crossings: dict[Setting, list[Crossover]], name
         )
         for setting, group in points.by_setting.items()
     ]
+
+
+def _lead(points: Points, setting: Setting, found: list[Crossover], names: dict[Series, str]) -> str:
+    """``On this Xeon (cpu), fp32, causal, forward, D = 64: linear passes softmax (torch) at 2,048–4,096 tokens``."""
+    where = f"On {_place(points, setting)}, {_SHORT.get(setting.dtype, setting.dtype)}, {mask_name(setting.causal)}"
+    where += f", {pass_name(setting.pass_)}, D = {setting.head_dim}"
+    exact = fastest_exact(points.by_setting[setting])
+    compared = [one for one in found if one.ratios]
+    # a series that was run at one length only has no say beside those that were run at many
+    several = [one for one in compared if len(one.ratios) > 1] or compared
+    findings: dict[tuple[str, str], list[str]] = {}
+    # nearest to being faster first, so that what is cut off is what matters least
+    for one in sorted(several, key=lambda one: (one.high is None, one.high or 0, one.ratios[one.longest].value)):
+        at = exact[one.high or one.longest].series.implementation
+        findings.setdefault(_passes(one, at), []).append(names[one.series])
+    told = [f"{_cut(who, most=_MOST_LEADING)} {what[len(who) > 1]}" for what, who in findings.items()]
+    return f"{where}: {'; '.join(told) or 'nothing to compare with exact softmax'}."
+
+
+def _place(points: Points, setting: Setting) -> str:
+    """The device as a person calls it; the machine's name where no run describes it."""
+    for environment in points.environments.values():
+        if environment.machine == setting.machine:
+            gpus = environment.gpus if setting.device.startswith("cuda") else []
+            return f"this {gpus[0]}" if gpus else f"this {environment.cpu} ({setting.device})"
+    return setting.machine
+
+
+def _passes(one: Crossover, exact: str) -> tuple[str, str]:
+    """The finding as the rest of a sentence whose subject is one mechanism, and of one that has several."""
+    if one.high is None:
+        rest = f"softmax ({exact}) up to {one.longest:,} tokens"
+        return f"does not pass {rest}", f"do not pass {rest}"
+    if one.low:
+        rest = f"softmax ({exact}) at {one.low:,}–{one.high:,} tokens"
+        return f"passes {rest}", f"pass {rest}"
+    since = f"at {one.high:,} tokens" if len(one.ratios) == 1 else f"from {one.high:,} tokens on"
+    return f"is faster than softmax ({exact}) {since}", f"are faster than softmax ({exact}) {since}"
 
 
 def _fastest(group: list[Point], names: dict[Series, str]) -> list[str]:
@@ -142,9 +188,9 @@ def _loss_list(points: list[Point], names: dict[Series, str]) -> str:
     return "; ".join(parts)
 
 
-def _cut(parts: list[str], separator: str = ", ") -> str:
-    hidden = len(parts) - _MOST_NAMED
-    shown = parts if hidden <= 0 else [*parts[:_MOST_NAMED], f"{hidden} more in the tables"]
+def _cut(parts: list[str], separator: str = ", ", most: int = _MOST_NAMED) -> str:
+    hidden = len(parts) - most
+    shown = parts if hidden <= 0 else [*parts[:most], f"{hidden} more in the tables"]
     return listing(shown) if separator == ", " else separator.join(shown)
 
 

@@ -1,4 +1,4 @@
-"""Logarithmic axes with ticks in human units, which survive zeros, single values and any number of lengths."""
+"""Axes with ticks in human units, which survive zeros, single values and any number of lengths."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from matplotlib.ticker import NullLocator
 from linbench.report import units
 from linbench.report.style import GRID, INK, MUTED
 
-Quantity = Literal["time", "bytes", "error"]
+Quantity = Literal["time", "rate", "bytes", "error", "skill", "share"]
 _MOST_TICKS = 7
 _MOST_LENGTHS = 9
 _FAR_BELOW = 100.0
 """Exact attention leaves the axis of errors when it is this many times better than the best of the others."""
+_LEAST_SKILL = -1.0
+"""A skill below is drawn there: how much worse than useless something is, the tables say."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The limits of a logarithmic axis. What lies below ``edge`` is drawn on it, and the tick there says what it is."""
+    """The limits of an axis. What lies below ``edge`` is drawn on it, and the tick there says what it is."""
 
     low: float
     high: float
@@ -30,21 +32,36 @@ class Scale:
     edge: float | None = None
     edge_label: str = "0"
 
+    @property
+    def logarithmic(self) -> bool:
+        """All but skill, which may be negative."""
+        return self.quantity != "skill"
+
     def at(self, value: float) -> float:
         """Where to draw a value."""
-        return max(value, self.edge or self.low)
+        return max(value, self.low if self.edge is None else self.edge)
+
+    def top(self, strip: float) -> float:
+        """The upper limit that leaves the fraction ``strip`` of the axis free of values."""
+        if self.logarithmic:
+            return float(self.low * (self.high / self.low) ** (1 / (1 - strip)))
+        return self.low + (self.high - self.low) / (1 - strip)
 
     def ticks(self) -> tuple[list[float], list[str]]:
         """Positions and labels."""
         label = _LABELS[self.quantity]
-        positions = _binary_ticks(self) if self.quantity == "bytes" else _decimal_ticks(self)
+        positions = _POSITIONS.get(self.quantity, _decimal_ticks)(self)
         labels = [label(position) for position in positions]
-        return ([self.edge, *positions], [self.edge_label, *labels]) if self.edge else (positions, labels)
+        if self.edge is None:
+            return positions, labels
+        return [self.edge, *positions], [self.edge_label, *labels]
 
 
 def make_scale(values: Iterable[float], quantity: Quantity) -> Scale:
     """Limits around ``values``, at least a factor of four wide; zeros get an edge below the smallest positive value."""
     known = list(values)
+    if quantity == "skill":
+        return _skill_scale(known)
     positive = [value for value in known if value > 0 and math.isfinite(value)] or [1.0]
     return _scale(min(positive), max(positive), quantity, "0" if any(value <= 0 for value in known) else None)
 
@@ -59,6 +76,14 @@ def make_error_scale(exact: Sequence[float], others: Sequence[float]) -> Scale:
     return make_scale([*exact, *others], "error")
 
 
+def _skill_scale(values: Sequence[float]) -> Scale:
+    """From the least skill, but no lower than -1, to 1."""
+    least = min(values, default=0.0)
+    if least < _LEAST_SKILL:
+        return Scale(_LEAST_SKILL - 0.08, 1.06, "skill", _LEAST_SKILL, "≤ −1")
+    return Scale(min(least, 0.0) - 0.08, 1.06, "skill")
+
+
 def _scale(low: float, high: float, quantity: Quantity, edge_label: str | None) -> Scale:
     margin = max((high / low) ** 0.06, 2.0 if high < 4 * low else 1.15)
     if edge_label is None:
@@ -67,28 +92,38 @@ def _scale(low: float, high: float, quantity: Quantity, edge_label: str | None) 
     return Scale(edge / max(1.1, (high / edge) ** 0.06), high * margin, quantity, edge, edge_label)
 
 
-def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    """A horizontal axis of tokens, in powers of two, with ticks at the lengths that were measured."""
+def shown_lengths(lengths: Iterable[int]) -> list[int]:
+    """Those of the lengths that get a tick: the longest, and as many below it as there is room for."""
     ordered = sorted(set(lengths))
     step = math.ceil(len(ordered) / _MOST_LENGTHS)
-    shown = ordered[::-1][::step][::-1]
+    return ordered[::-1][::step][::-1]
+
+
+def length_limits(lengths: Iterable[int]) -> tuple[float, float]:
+    """Of an axis that shows all lengths with room beside the first and the last."""
+    ordered = sorted(set(lengths))
     margin = max(1.25, (ordered[-1] / ordered[0]) ** 0.06)
+    return ordered[0] / margin, ordered[-1] * margin
+
+
+def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    """A horizontal axis of tokens, in powers of two, with ticks at the lengths that were measured."""
+    shown = shown_lengths(lengths)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(ordered[0] / margin, ordered[-1] * margin)
+    axes.set_xlim(*length_limits(lengths))
     axes.set_xticks(shown, [units.tokens(length) for length in shown])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def value_axis(axes: Axes, which: Literal["x", "y"], scale: Scale, strip: float = 0.0) -> None:
-    """A logarithmic axis; ``strip`` is the fraction of its upper end that is kept free of values."""
-    high = scale.low * (scale.high / scale.low) ** (1 / (1 - strip))
+    """An axis of values; ``strip`` is the fraction of its upper end that is kept free of them."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     if which == "x":
-        axes.set_xscale("log")
-        axes.set_xlim(scale.low, high)
+        axes.set_xscale("log" if scale.logarithmic else "linear")
+        axes.set_xlim(scale.low, scale.top(strip))
     else:
-        axes.set_yscale("log")
-        axes.set_ylim(scale.low, high)
+        axes.set_yscale("log" if scale.logarithmic else "linear")
+        axes.set_ylim(scale.low, scale.top(strip))
     positions, labels = scale.ticks()
     axis.set_ticks(positions, labels)
     axis.set_minor_locator(NullLocator())
@@ -122,6 +157,11 @@ def _binary_ticks(scale: Scale) -> list[float]:
     return ticks
 
 
+def _skill_ticks(scale: Scale) -> list[float]:
+    lowest = scale.low if scale.edge is None else scale.edge + 0.1
+    return [quarter / 4 for quarter in range(-4, 5) if lowest <= quarter / 4 <= scale.high]
+
+
 def _inside(scale: Scale, ticks: list[float]) -> list[float]:
     # the label of the edge needs room above it
     lowest = scale.edge * (scale.high / scale.low) ** 0.07 if scale.edge else scale.low
@@ -135,8 +175,12 @@ def _time_tick(value_ms: float) -> str:
     return f"{value_ms * 1e6:g} ns"
 
 
+_POSITIONS: dict[Quantity, Callable[[Scale], list[float]]] = {"bytes": _binary_ticks, "skill": _skill_ticks}
 _LABELS: dict[Quantity, Callable[[float], str]] = {
     "time": _time_tick,
+    "rate": units.power_of_ten,
     "bytes": units.size,
     "error": units.power_of_ten,
+    "skill": lambda value: f"{value:g}".replace("-", "−"),
+    "share": units.share,
 }

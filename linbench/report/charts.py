@@ -1,20 +1,20 @@
-"""What a panel draws: lines over length with their failures, brackets of crossovers, and speed against error."""
+"""What a panel over length holds: lines with intervals, and where series failed instead of answering."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
 from linbench.record import Status
-from linbench.report.axes import Scale, bare, length_axis, value_axis
-from linbench.report.crossover import Crossover
+from linbench.report import units
+from linbench.report.axes import Quantity, Scale, bare, length_axis, length_limits, shown_lengths, value_axis
 from linbench.report.labels import CROWDED, MARGIN_POINTS, crowded_height, label_ends
-from linbench.report.panel import HEIGHT_POINTS, Panel
-from linbench.report.pareto import Trade
+from linbench.report.panel import HEIGHT_POINTS, Entry, Panel
 from linbench.report.points import Point, Series
 from linbench.report.style import INK, MUTED, PAPER, Style
 from linbench.stats import Estimate
@@ -30,13 +30,20 @@ FAILURES = {
 """Outcomes that are marked in a figure; what a mechanism does not support is no event on the way to longer inputs."""
 STRIP_ROW = 0.055
 """Height of one row of the strip of failures, as a fraction of the axes."""
-ROW_POINTS = 29
-"""Height of one row of the crossover chart."""
 
-_PAPER_BOX = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}
+PAPER_BOX = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}
 """Behind text that a line may cross."""
 
 Value = Callable[[Point], Estimate | None]
+TEXTS: dict[Quantity, Callable[[Estimate], str]] = {
+    "time": units.latency,
+    "rate": lambda estimate: f"{units.interval(estimate, units.rate)} tokens/s",
+    "bytes": lambda estimate: units.interval(estimate, units.size),
+    "error": lambda estimate: units.interval(estimate, units.error),
+    "skill": lambda estimate: units.interval(estimate, units.skill),
+    "share": lambda estimate: units.interval(estimate, units.share),
+}
+"""An estimate in words, by what it is of."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,9 @@ class Look:
 
 @dataclass(frozen=True)
 class Lines:
-    """The content of a panel over length."""
+    """A line for each series over length, with intervals, and above them where series failed."""
 
+    kind: ClassVar[str] = "lines"
     points: Sequence[Point]
     value: Value
     look: Look
@@ -62,24 +70,53 @@ class Lines:
     trivial: bool = False
     """Whether to draw the error of the trivial predictor."""
 
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """A value or a failure of every point that has one."""
+        found = []
+        for point in (one for own in by_series(self.points).values() for one in own):
+            estimate = self.value(point)
+            if estimate:
+                found.append(Entry(point, estimate, TEXTS[self.scale.quantity](estimate)))
+            elif point.status in FAILURES:
+                found.append(Entry(point, None, f"{FAILURES[point.status]}: {point.reason}"))
+        return found
+
+    def frame(self) -> dict[str, Any]:
+        """Limits and ticks of both axes, and the line of the trivial predictor."""
+        shown = shown_lengths(self.lengths)
+        trivial = sorted(_trivial(self.points).items()) if self.trivial else []
+        return {
+            "x": {"range": length_limits(self.lengths), "ticks": [shown, [units.tokens(n) for n in shown]]},
+            "y": scale_frame(self.scale, 0.0),
+            "trivial": [[length, value, units.error(value)] for length, value in trivial],
+        }
+
     def draw(self, axes: Axes) -> None:
-        """A line for each series over length, with intervals, and above them where series failed."""
+        """With matplotlib."""
         bare(axes)
         length_axis(axes, self.lengths)
         value_axis(axes, "y", self.scale, self.strip)
         if self.trivial:
             _draw_trivial(axes, self.points, self.scale)
-        bars, colours, ends = [], [], {}
-        for series, own in _by_series(self.points).items():
+        bars, colours, ends, rings = [], [], {}, []
+        for series, own in by_series(self.points).items():
             style = self.look.styles[series]
-            known = [(point.length, estimate) for point in own if (estimate := self.value(point))]
-            bars += [[(x, self.scale.at(e.low)), (x, self.scale.at(e.high))] for x, e in known]
+            known = [(point, estimate) for point in own if (estimate := self.value(point))]
+            x, y = [point.length for point, _ in known], [self.scale.at(e.value) for _, e in known]
+            bars += [[(p.length, self.scale.at(e.low)), (p.length, self.scale.at(e.high))] for p, e in known]
             colours += [style.colour] * len(known)
+            rings += [
+                place for (point, _), place in zip(known, zip(x, y, strict=True), strict=True) if point.launch_bound
+            ]
             if known:
-                ends[series] = (known[-1][0], self.scale.at(known[-1][1].value))
-            axes.plot([x for x, _ in known], [self.scale.at(e.value) for _, e in known], **line_options(style))
+                ends[series] = (x[-1], y[-1])
+            axes.plot(x, y, **line_options(style))
         # all intervals at once: a collection for each series is what most of the time would go into
         axes.add_collection(LineCollection(bars, colors=colours, linewidths=1.0), autolim=False)
+        if rings:
+            ring: dict[str, Any] = {"marker": "o", "markersize": 11, "fillstyle": "none", "linestyle": "none"}
+            axes.plot(*zip(*rings, strict=True), color=MUTED, **ring)
         _draw_failures(axes, self)
         if self.crowded:
             label_ends(axes, ends, self.look.names, self.look.styles)
@@ -96,79 +133,32 @@ class Lines:
 
     def panel(self, title: str) -> Panel:
         """The panel that these lines need: wider on the right and higher where they carry their names."""
+        of = (title, self, self.points[0].setting, self.points[0].inputs)
         if not self.crowded:
-            return Panel(title, self.draw)
-        return Panel(title, self.draw, crowded_height(self.count, HEIGHT_POINTS), right=MARGIN_POINTS)
+            return Panel(*of)
+        return Panel(*of, height=crowded_height(self.count, HEIGHT_POINTS), right=MARGIN_POINTS)
+
+
+def scale_frame(scale: Scale, strip: float) -> dict[str, Any]:
+    """An axis as the page needs it: limits, ticks, whether it is logarithmic, and where its lower edge lies."""
+    return {
+        "range": [scale.low, scale.top(strip)],
+        "ticks": scale.ticks(),
+        "log": scale.logarithmic,
+        "edge": scale.low if scale.edge is None else scale.edge,
+    }
+
+
+def _trivial(points: Sequence[Point]) -> dict[int, float]:
+    """Length -> error of the mean of the visible values, the same for every mechanism of a length."""
+    return {point.length: value for point in points if (value := point.error_median("trivial_error"))}
 
 
 def _draw_trivial(axes: Axes, points: Sequence[Point], scale: Scale) -> None:
-    """A grey line: the error of the mean of the visible values, the same for every mechanism of a length."""
-    trivial = {point.length: value for point in points if (value := point.error_median("trivial_error"))}
+    """A thick grey line."""
+    trivial = _trivial(points)
     x = sorted(trivial)
     axes.plot(x, [scale.at(trivial[length]) for length in x], color=MUTED, linewidth=3, alpha=0.4, zorder=1)
-
-
-def draw_trade(axes: Axes, trade: Trade, look: Look, speed: Scale, error: Scale) -> None:
-    """A mark for each series at its latency and error; the front as a stair; distances pale."""
-    bare(axes)
-    value_axis(axes, "x", speed)
-    value_axis(axes, "y", error)
-    stair = [(p.latency_ms.value, p.relative_error.value) for p in trade.front if p.latency_ms and p.relative_error]
-    axes.plot(
-        [speed.at(x) for x, _ in stair],
-        [error.at(y) for _, y in stair],
-        color=MUTED,
-        drawstyle="steps-post",
-        linewidth=1.2,
-        zorder=1,
-    )
-    trivial = next((value for point in trade.points if (value := point.error_median("trivial_error"))), None)
-    if trivial:
-        axes.axhline(error.at(trivial), color=MUTED, linewidth=3, alpha=0.4, zorder=1)
-    for point in trade.points:
-        if point.latency_ms and point.relative_error:
-            latency, wrong = point.latency_ms, point.relative_error
-            style = look.styles[point.series]
-            x, y = speed.at(latency.value), error.at(wrong.value)
-            is_error = point.reading == "error"
-            if is_error:
-                axes.vlines([x], [error.at(wrong.low)], [error.at(wrong.high)], colors=style.colour, linewidth=0.9)
-                axes.hlines([y], [speed.at(latency.low)], [speed.at(latency.high)], colors=style.colour, linewidth=0.9)
-            options = line_options(style) | {"linestyle": "none", "markersize": 8}
-            axes.plot([x], [y], alpha=1.0 if is_error else 0.45, **options)
-            if len(trade.points) > CROWDED and point in trade.front:
-                offset: dict[str, Any] = {"xytext": (6, 5), "textcoords": "offset points"}
-                axes.annotate(look.names[point.series], (x, y), fontsize=8, color=INK, **offset)
-
-
-def draw_crossovers(axes: Axes, found: Sequence[Crossover], look: Look, lengths: Sequence[int]) -> None:
-    """A row for each series: name and finding, and below what was compared, the bracket, and where it is faster."""
-    bare(axes, grid="x")
-    length_axis(axes, lengths)
-    axes.set_ylim(len(found) - 0.25, -0.75)
-    axes.set_yticks([])
-    for row, crossing in enumerate(found):
-        colour = look.styles[crossing.series].colour
-        thick: dict[str, Any] = {"linewidth": 5, "solid_capstyle": "butt"}
-        text: dict[str, Any] = {
-            "transform": axes.get_yaxis_transform(),
-            "fontsize": 9.5,
-            "va": "bottom",
-            "bbox": _PAPER_BOX,
-        }
-        axes.text(0.0, row - 0.2, _cut(look.names[crossing.series], 44), color=INK, **text)
-        axes.text(1.0, row - 0.2, crossing.short, color=INK, ha="right", **text)
-        if not crossing.ratios:
-            continue
-        axes.plot([crossing.shortest, crossing.longest], [row, row], color=MUTED, linewidth=1)
-        axes.plot(list(crossing.ratios), [row] * len(crossing.ratios), "|", color=MUTED, markersize=5)
-        if crossing.high is None:
-            continue
-        axes.plot([crossing.high, crossing.longest], [row, row], color=colour, **thick)
-        axes.plot([crossing.high], [row], "|", color=colour, markersize=9, markeredgewidth=2)
-        if crossing.low:
-            axes.plot([crossing.low, crossing.high], [row, row], color=colour, alpha=0.35, **thick)
-            axes.plot([crossing.low], [row], "|", color=colour, markersize=9, markeredgewidth=2)
 
 
 def line_options(style: Style) -> dict[str, Any]:
@@ -189,7 +179,7 @@ def line_options(style: Style) -> dict[str, Any]:
 
 def failing(points: Sequence[Point]) -> dict[Series, list[Point]]:
     """The points without numbers that a figure marks, by series."""
-    return _by_series([point for point in points if point.status in FAILURES])
+    return by_series([point for point in points if point.status in FAILURES])
 
 
 def strip_height(rows: int) -> float:
@@ -229,16 +219,13 @@ def _write_failure(axes: Axes, point: Point, y: float, *, at_left: bool) -> None
         va="center",
         fontsize=8.5,
         color=INK,
-        bbox=_PAPER_BOX,
+        bbox=PAPER_BOX,
     )
 
 
-def _by_series(points: Sequence[Point]) -> dict[Series, list[Point]]:
+def by_series(points: Sequence[Point]) -> dict[Series, list[Point]]:
+    """Series in order, each with its points by length."""
     grouped: dict[Series, list[Point]] = {}
     for point in sorted(points, key=lambda point: (point.series.order, point.length)):
         grouped.setdefault(point.series, []).append(point)
     return grouped
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"

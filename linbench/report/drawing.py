@@ -1,31 +1,31 @@
-"""Panels -> SVG that takes its colours from the page, and one PNG of them all with a legend."""
+"""Figures -> files, with matplotlib: a PNG and an SVG of all panels with a legend; and swatches for the page."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 
 from linbench.report.charts import Look, line_options
-from linbench.report.panel import Panel
+from linbench.report.panel import Chart, Panel
 from linbench.report.points import Series
 from linbench.report.style import INK, PAPER, VARIABLES, Style
 
 WIDTH_POINTS = 360.0
-"""Width of a panel: on a phone of 390 px it is shown at about this size, so that text stays legible."""
+"""Width of a panel."""
+MOST_LINES = 120
+"""Series of all panels of a file together: a figure of thousands is none. The page and the CSV have all of them."""
 _TOP, _BOTTOM = 8.0, 24.0
 _TITLE_POINTS = 22.0
 _LEGEND_POINTS = 15.0
@@ -38,20 +38,24 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-def panel_svg(panel: Panel, identity: str) -> Markup:
-    """A panel without its title as an ``<svg>`` for inclusion in a page; ``identity`` is unique within the page."""
-    with rc_context(_SETTINGS | {"svg.hashsalt": identity}):
-        figure = Figure(figsize=(WIDTH_POINTS / 72, panel.height / 72))
-        FigureCanvasSVG(figure)
-        panel.draw(_axes(figure, panel, 0, 0))
-        stream = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-    return _for_page(stream.getvalue(), panel.title)
+def drawn(chart: Chart) -> Sequence[Panel]:
+    """The panels that the files hold: the first ones, as many as can be read, and one at least."""
+    lines = accumulate(len(series) for series in _series(chart.panels))
+    return chart.panels[: max(1, sum(total <= MOST_LINES for total in lines))]
 
 
-def save_png(panels: Sequence[Panel], legend: Sequence[Series], look: Look, path: Path) -> None:
-    """All panels, two to a row, with titles and a legend below, on white."""
+def _legend(chart: Chart) -> list[Series]:
+    there = set().union(*_series(drawn(chart)))
+    return [series for series in chart.legend if series in there]
+
+
+def _series(panels: Sequence[Panel]) -> list[set[Series]]:
+    return [{entry.point.series for entry in panel.content.entries} for panel in panels]
+
+
+def save_files(chart: Chart, look: Look, folder: Path) -> None:
+    """``SLUG.png`` and ``SLUG.svg``: the panels, two to a row, with titles and a legend below, on white."""
+    panels, legend = drawn(chart), _legend(chart)
     columns = min(2, len(panels))
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     heights = [max(panel.height for panel in row) + _TITLE_POINTS for row in rows]
@@ -59,7 +63,7 @@ def save_png(panels: Sequence[Panel], legend: Sequence[Series], look: Look, path
     entries = max(1, int(width / (28 + 5.6 * max((len(look.names[one]) for one in legend), default=1) + 30)))
     footer = _LEGEND_POINTS * math.ceil(len(legend) / entries) + 12
     total = sum(heights) + footer
-    with rc_context(_SETTINGS):
+    with rc_context(_SETTINGS | {"svg.hashsalt": chart.slug}):
         figure = Figure(figsize=(width / 72, total / 72), dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
         top = total
@@ -67,14 +71,15 @@ def save_png(panels: Sequence[Panel], legend: Sequence[Series], look: Look, path
             for column, panel in enumerate(row):
                 axes = _axes(figure, panel, column * WIDTH_POINTS, top - _TITLE_POINTS - panel.height)
                 axes.set_title(panel.title, fontsize=9.5, color=INK, loc="left", pad=8)
-                panel.draw(axes)
+                panel.content.draw(axes)
             top -= height
         if legend:
             handles = [Line2D([], [], label=look.names[one], **line_options(look.styles[one])) for one in legend]
             figure.legend(
                 handles=handles, loc="lower center", ncols=entries, frameon=False, fontsize=8.5, handlelength=3
             )
-        figure.savefig(path, format="png")
+        figure.savefig(folder / f"{chart.slug}.png", format="png")
+        figure.savefig(folder / f"{chart.slug}.svg", format="svg", metadata={"Date": None})
 
 
 def swatch_symbol(style: Style, identity: str) -> Markup:
@@ -109,21 +114,3 @@ def _path(shape: MarkerStyle, scaling: MarkerStyle) -> str:
     polygons = shape.get_path().transformed(scaling.get_transform()).to_polygons()
     rings = [np.asarray(polygon, dtype=np.float64).tolist() for polygon in polygons]
     return "".join("M" + "L".join(f"{15 + 9 * x:.1f} {6 - 9 * y:.1f}" for x, y in ring) + "Z" for ring in rings)
-
-
-def _for_page(svg: str, label: str) -> Markup:
-    """Drop what a page does not need (namespaces, ids of groups, fonts), and let the page choose the colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| version="1.1"', "", svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
-    svg = re.sub(r"(font: [^;\"]*?px)[^;\"]*", r"\1 sans-serif", svg)
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)
-    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', rf'<svg \1role="img" aria-label="{escape(label)}"', svg, count=1)
-    svg = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", svg)
-    svg = re.sub(r"#[0-9a-f]{6}\b", lambda match: _variable(match[0]), svg)
-    return Markup(re.sub(r"\s*\n\s*", " ", svg.replace("<g/>", "")))
-
-
-def _variable(colour: str) -> str:
-    return f"var({VARIABLES[colour]})" if colour in VARIABLES else colour

@@ -19,7 +19,7 @@ from linbench.stats import Estimate, ratio_of_medians
 class Row:
     """One line of a table: text that is ready to be shown."""
 
-    series: Series
+    point: Point
     variant: str
     latency: str = units.MISSING
     ratio: str = units.MISSING
@@ -35,15 +35,25 @@ class Row:
     best: frozenset[str] = field(default_factory=frozenset)
     """Names of the columns in which no row of the table is better."""
 
+    @property
+    def series(self) -> Series:
+        """Whose row it is."""
+        return self.point.series
+
 
 @dataclass(frozen=True)
 class Table:
     """All series at one length."""
 
-    length: str
+    length_tokens: int
     rows: list[Row]
     first_seen: bool
-    """Whether it is the one that the page shows opened: the longest length that most series answered."""
+    """Whether it is the one that is shown first: at the longest length that most series answered."""
+
+    @property
+    def length(self) -> str:
+        """In words."""
+        return units.tokens(self.length_tokens)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class League:
     """The tables of one setting and one family of inputs, from the shortest length to the longest."""
 
     heading: str
+    setting: Setting
+    inputs: str
     tables: list[Table]
 
 
@@ -66,10 +78,8 @@ def make_leagues(points: Points) -> list[League]:
         by_length: dict[int, list[Point]] = defaultdict(list)
         for point in group:
             by_length[point.length].append(point)
-        tables = [
-            Table(units.tokens(n), make_rows(by_length[n], points.environments), n == opened) for n in sorted(by_length)
-        ]
-        leagues.append(League(f"{names[setting]}, {inputs} inputs", tables))
+        tables = [Table(n, make_rows(by_length[n], points.environments), n == opened) for n in sorted(by_length)]
+        leagues.append(League(f"{names[setting]}, {inputs} inputs", setting, inputs, tables))
     return leagues
 
 
@@ -93,7 +103,7 @@ def _row(point: Point, exact: Point | None, environments: Mapping[str, Environme
     latency, memory, wrong = point.latency_ms, point.memory_bytes, point.relative_error
     skill, excess = point.error_median("skill"), point.error_median("excess")
     return Row(
-        series=point.series,
+        point=point,
         variant=variant_name(point.series),
         latency=_latency(latency) if latency else units.MISSING,
         ratio=_ratio(point, exact) if latency and exact else units.MISSING,

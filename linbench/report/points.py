@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from linbench.stats import Estimate, Samples, median_interval, pooled_median
 EXACT = "softmax"
 """The mechanism whose implementations are the exact attention that all others are held against."""
 LAUNCH_BOUND = 0.2
+_Grouped = dict[tuple["Setting", "Series", int, "str | None"], list[tuple[Record, str]]]
 _PASSES = ("forward", "backward", "forward_backward", "prefill", "decode")
 
 
@@ -35,7 +37,7 @@ class Setting:
     head_dim: int
     value_dim: int
 
-    @property
+    @cached_property
     def order(self) -> tuple[str, str, str, tuple[int, ...], bool, int]:
         """Sorts settings: machine, device, dtype and shape first, so that neighbours differ by mask and pass."""
         shape = (self.batch, self.heads, self.head_dim, self.value_dim)
@@ -57,13 +59,13 @@ class Series:
     """Canonical JSON."""
     implementation: str
 
-    @property
+    @cached_property
     def order(self) -> tuple[bool, str, str, list[tuple[str, str]], str]:
         """Sorts series: exact attention first, numbers by size."""
         values = [(name, _sortable(value)) for name, value in self.parameters.items()]
         return (self.mechanism != EXACT, self.mechanism, self.target or "", values, self.implementation)
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, Scalar]:
         """The hyperparameters by name."""
         loaded: dict[str, Scalar] = json.loads(self.hyperparameters)
@@ -79,6 +81,8 @@ class Point:
     length: int
     inputs: str | None
     records: tuple[Record, ...]
+    keys: tuple[str, ...]
+    """Of the records' cells."""
 
     @cached_property
     def measured(self) -> tuple[Record, ...]:
@@ -121,6 +125,18 @@ class Point:
         return pooled_median(self.samples_ms) if self.samples_ms else None
 
     @cached_property
+    def tokens_per_s(self) -> Estimate | None:
+        """Tokens of all sequences of the batch that a second of calls takes in; a decoding step takes one of each."""
+        if self.latency_ms is None:
+            return None
+        tokens = 1e3 * self.setting.batch * (1 if self.setting.pass_ == "decode" else self.length)
+        time = self.latency_ms
+        slowest = max(samples.max() for samples in self.samples_ms)
+        return Estimate(
+            tokens / time.value, tokens / time.high, tokens / time.low, time.coverage, time.count, tokens / slowest
+        )
+
+    @cached_property
     def launch_overhead(self) -> float | None:
         """CUDA: the share of the host's time of a call in which its kernels do not run; None on a CPU."""
         timed = [speed for record in self.measured for speed in record.timings.values() if speed.host_ms]
@@ -142,6 +158,12 @@ class Point:
         return median_interval(samples) if samples else None
 
     @cached_property
+    def state_bytes(self) -> Estimate | None:
+        """Bytes from which the next token is decoded after all N, by the cost model."""
+        known = [record.cost.state_bytes for record in self.measured if record.cost and record.cost.state_bytes]
+        return median_interval(known) if known else None
+
+    @cached_property
     def errors(self) -> list[Error]:
         """One block for each seed (and family, when pooled)."""
         return [record.error for record in self.measured if record.error]
@@ -152,16 +174,25 @@ class Point:
         if not self.errors:
             return None
         values = [block.relative_error for block in self.errors]
-        value, (low, high) = float(np.median(values)), (min(values), max(values))
+        value, (low, high) = float(median(values)), (min(values), max(values))
         sampled = self.errors[0].relative_error_interval
         if len(values) == 1 and sampled:
             low, high = min(sampled[0], value), max(sampled[1], value)
         return Estimate(value, low, high, 0.95, len(values), min(values))
 
+    @cached_property
+    def skill(self) -> Estimate | None:
+        """Median over seeds, with the interval that the relative error's has in it."""
+        value, wrong, trivial = self.error_median("skill"), self.relative_error, self.error_median("trivial_error")
+        if value is None or wrong is None or not trivial:
+            return None
+        low, high = min(1 - wrong.high / trivial, value), max(1 - wrong.low / trivial, value)
+        return Estimate(value, low, high, wrong.coverage, wrong.count, low)
+
     def error_median(self, field: str) -> float | None:
         """Median over seeds of a field of the error block, or None where it was not measured."""
         values = [value for block in self.errors if (value := getattr(block, field)) is not None]
-        return float(np.median(values)) if values else None
+        return float(median(values)) if values else None
 
     def roofline(self, environments: Mapping[str, Environment]) -> Roofline | None:
         """That of the record with the median share (the lower of two); None where no record has one.
@@ -172,6 +203,21 @@ class Point:
         found = [roofline(record, environments.get(record.run)) for record in self.measured]
         shares = sorted((one.share, i) for i, one in enumerate(found) if one is not None and one.share is not None)
         return found[shares[(len(shares) - 1) // 2][1]] if shares else None
+
+    def roofline_share(self, environments: Mapping[str, Environment]) -> Estimate | None:
+        """The share of the roofline, with the interval that the latency has."""
+        found, time = self.roofline(environments), self.latency_ms
+        if found is None or found.share is None or time is None:
+            return None
+        low, high = (found.share * time.value / bound for bound in (time.high, time.low))
+        return Estimate(found.share, low, high, time.coverage, time.count, low)
+
+    @property
+    def record_name(self) -> str:
+        """``RUN/KEY`` of the first record behind the numbers, or of the first of all where there are none."""
+        first = self.measured[0] if self.measured else self.records[0]
+        index = next(index for index, record in enumerate(self.records) if record is first)
+        return f"{first.run}/{self.keys[index]}"
 
     @property
     def reading(self) -> str | None:
@@ -220,17 +266,17 @@ def make_points(records: Sequence[Record], runs: Sequence[Run]) -> Points:
     for key, record in keyed:
         if key not in newest or record.time >= newest[key].time:
             newest[key] = record
-    current = [(machine, record) for (machine, key), record in keyed if record.code == newest[machine, key].code]
+    current = [(*place, record) for place, record in keyed if record.code == newest[place].code]
     superseded = tuple(record for key, record in keyed if record.code != newest[key].code)
-    pooled: dict[tuple[Setting, Series, int, str | None], list[Record]] = defaultdict(list)
-    by_inputs: dict[tuple[Setting, Series, int, str | None], list[Record]] = defaultdict(list)
-    for machine, record in current:
+    pooled: _Grouped = defaultdict(list)
+    by_inputs: _Grouped = defaultdict(list)
+    for machine, name, record in current:
         cell = record.cell
         setting, series = setting_of(cell, machine), series_of(cell)
-        pooled[setting, series, cell.length, None].append(record)
-        by_inputs[setting, series, cell.length, inputs_of(cell)].append(record)
+        pooled[setting, series, cell.length, None].append((record, name))
+        by_inputs[setting, series, cell.length, inputs_of(cell)].append((record, name))
     environments = {run.run: run.environment for run in runs}
-    kept = tuple(record for _, record in current)
+    kept = tuple(record for *_, record in current)
     return Points(_points(pooled), _points(by_inputs), superseded, kept, environments)
 
 
@@ -253,8 +299,8 @@ def inputs_of(cell: Cell) -> str:
     return f"{name} [{cell.inputs_target}]" if cell.inputs_target else name
 
 
-def _points(grouped: dict[tuple[Setting, Series, int, str | None], list[Record]]) -> tuple[Point, ...]:
-    return tuple(Point(*key, tuple(records)) for key, records in grouped.items())
+def _points(grouped: _Grouped) -> tuple[Point, ...]:
+    return tuple(Point(*place, *zip(*found, strict=True)) for place, found in grouped.items())
 
 
 def _call(name: str, parameters: dict[str, Scalar]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from linbench.stats import Estimate
 
@@ -50,6 +51,19 @@ def share(value: float) -> str:
     """``42 %``; below ten with two digits: ``4.2 %``, ``0.15 %``."""
     percent = 100 * value
     return f"{percent:,.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
+
+
+def rate(value_per_s: float) -> str:
+    """``1,230,000``: three significant digits, written out, since k is 1,024 here."""
+    rounded = float(f"{value_per_s:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else significant(value_per_s)
+
+
+def interval(estimate: Estimate, words: Callable[[float], str]) -> str:
+    """``0.42 [0.40, 0.44]``: the value with its interval, which is left out where it is but a point."""
+    if estimate.low == estimate.high:
+        return words(estimate.value)
+    return f"{words(estimate.value)} [{words(estimate.low)}, {words(estimate.high)}]"
 
 
 def error(value: float) -> str:

@@ -50,4 +50,4 @@ def test_there_is_no_section_without_frontiers_and_one_in_both_forms_with_them(r
     only = write_report([], [run()], tmp_path, "title", LINES)
     assert "4 of 100 series" in only.read_text()
     assert "4 series, searched for the longest" in only.read_text()
-    assert "League tables" not in only.read_text()
+    assert "League tables</h2>" not in only.read_text()

@@ -93,7 +93,11 @@ def test_front_holds_what_nothing_beats_on_both_and_no_distance(record):
         )
     ]
     points = make_points(records, []).by_inputs
-    assert [point.series.mechanism for point in front(points)] == ["fast", "middle", "softmax"]
+    assert [point.series.mechanism for point in front(points, lambda point: point.latency_ms)] == [
+        "fast",
+        "middle",
+        "softmax",
+    ]
 
 
 def test_common_length_is_the_longest_that_most_series_have(record):
