@@ -13,7 +13,7 @@ from linbench_kernels.additive.spans import span
 from linbench_kernels.additive.tiles import placed
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "segments"])
 def backward_kernel(
     q,
     k,
@@ -74,6 +74,7 @@ def backward_kernel(
     heads,
     group,
     length,
+    segments,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -91,22 +92,27 @@ def backward_kernel(
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
+    SEGMENTED: tl.constexpr,
 ):
-    """Grid (S·H · (2 · blocks of key columns + blocks of value columns),), see the table of ``scan``.
+    """Grid (S·H · segments · (2 · blocks of key columns + blocks of value columns),), see the table of ``scan``.
+
+    SEGMENTED, ``before`` and ``after_grad`` are ``[segments, S, H, D, M]``, and ``before_grad`` is None.
 
     Args:
         q_grad: of every head of v, ``[B, H, N, D]``, as ``k_grad``, though ``group`` of them have one of q and k.
         reciprocals: of the divisors of the rows, ``[B, H, N]``; with ``delta`` = −⟨do, o⟩, when NORMALISED.
         q_dots: ``[blocks of key columns, B, H, N]`` or None, for the gradient of the decays; ``k_dots`` the same.
         weight_dots: the same, for the gradient of the weights with which tokens enter; with ``k_dots`` only.
-        met: ⟨S_N, dS_N⟩ as ``[blocks of key columns, S·H]``, or None.
+        met: ⟨S, dS⟩ at the ends of segments, as ``[blocks of key columns, S·H, segments]``, or None.
     """
     KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
     PARTS: tl.constexpr = 2 * KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
     part, index = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
-    sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    segment, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, segments, CHUNK, SEGMENTED)
     number = (batch.to(tl.int64) * heads + head) * length + first
     programs = (tl.num_programs(0) // PARTS).to(tl.int64)
+    if SEGMENTED:
+        programs = programs // segments
     numbers = programs * length
     if cu_seqlens is not None:
         numbers = length.to(tl.int64) * heads
@@ -131,8 +137,12 @@ def backward_kernel(
         delta += number
     if before is not None:
         before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
+        if SEGMENTED:
+            before += segment * programs * (D * EXTENDED)
     if after_grad is not None:
         after_grad += sequence.to(tl.int64) * after_grad_b + head.to(tl.int64) * after_grad_h
+        if SEGMENTED:
+            after_grad += segment * programs * (D * EXTENDED)
     if before_grad is not None:
         before_grad += index.to(tl.int64) * (D * EXTENDED)
     if part < KEY_BLOCKS:
@@ -143,7 +153,7 @@ def backward_kernel(
         if met is None:
             meeting = None
         else:
-            met_place += part * programs + index
+            met_place += part * (tl.num_programs(0) // PARTS) + tl.program_id(0) // PARTS
         scan(
             out_grad,
             out_grad_steps,

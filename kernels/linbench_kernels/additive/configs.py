@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,14 @@ class Config:
     """Chunks that are loaded ahead, the one at work included."""
     tma: bool = False
     """Copies by descriptor where the tensors allow it: see :func:`~linbench_kernels.additive.tiles.described`."""
+
+
+@dataclass(frozen=True)
+class Plan(Config):
+    """A configuration, and how a call is spread over the device."""
+
+    segments: int = 1
+    """Of every sequence, at a time: see :func:`filled`."""
 
 
 def block(width: int) -> int:
@@ -140,3 +149,40 @@ def _wide_operands(task: Task, width: int) -> Config:
     if task.operand_bytes == 8:
         return Config(chunk=16, columns=16, warps=8, stages=1)
     return Config(chunk=32, columns=32 if width <= 128 else 16, warps=8, stages=2)
+
+
+NARROWEST = 32
+"""Columns of a block that is made narrower for the sake of more programs."""
+CHUNKS_OF_A_SEGMENT = 4
+"""At least: every segment reads a state before them."""
+
+
+def parts(plan: Config, task: Task) -> int:
+    """Programs of a head of one segment: blocks of columns of every scan."""
+    keys, values = (triton.cdiv(width, min(plan.columns, block(width))) for width in (task.key_dim, task.value_dim))
+    return int(values if task.pass_ == "forward" else 2 * keys + values)
+
+
+@functools.cache
+def filled(chosen: Config, task: Task, heads: int, length: int, multiprocessors: int) -> Plan:
+    """The configuration of a task where ``heads`` = S·H alone may leave a part of the device idle.
+
+    The device counts as full when programs are ten for every eleven multiprocessors (120 of 132). Heads enough for that
+    are left as they are. Fewer get narrower blocks of columns, down to 32, which multiply the same scores more often
+    but read nothing twice: what they share they find in the cache. Where more than half of the device would be idle all
+    the same, sequences are cut in segments of four chunks or more, which read k and v once more to begin with.
+
+    Args:
+        length: tokens of a sequence, on average where they are packed.
+    """
+    plan = Plan(**vars(chosen))
+    full = triton.cdiv(multiprocessors * 10, 11)
+    if heads == 0 or heads >= full:
+        return plan
+    while heads * parts(plan, task) < full and plan.columns > NARROWEST:
+        plan = dataclasses.replace(plan, columns=plan.columns // 2)
+    programs = heads * parts(plan, task)
+    if 2 * programs >= full:
+        return plan
+    segments = min(triton.cdiv(full, programs), length // (CHUNKS_OF_A_SEGMENT * plan.chunk))
+    return dataclasses.replace(plan, segments=max(segments, 1))
