@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from linbench_kernels.additive import configs, launch
-from linbench_kernels.additive.configs import Plan, Task, config, filled
+from linbench_kernels.additive.configs import Plan, Task, config, filled, joint
 from oracle import Case, errors
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -23,7 +23,7 @@ def plan(pass_: str, heads: int, length: int = 8192, multiprocessors: int = H200
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 def test_heads_enough_for_the_device_are_left_as_they_are(pass_: str) -> None:
     task = Task(pass_, "sm_90", 2, 128, 128, "none", False, True)
-    assert plan(pass_, 120) == Plan(**vars(config(task)))
+    assert plan(pass_, 120) == Plan(**vars(config(task)), joint=pass_ == "backward")
     assert plan(pass_, 10**6) == plan(pass_, 120)
     assert plan(pass_, 0) == plan(pass_, 120)
     assert plan(pass_, 1, multiprocessors=1) == plan(pass_, 120)
@@ -40,12 +40,35 @@ def test_fewer_heads_get_narrower_blocks_and_then_segments() -> None:
         (32, 3),
         (32, 30),
     ]
-    assert [(plan("backward", heads).columns, plan("backward", heads).segments) for heads in (20, 19, 5, 4)] == [
-        (64, 1),
-        (32, 1),
-        (32, 1),
-        (32, 3),
+    found = [plan("backward", heads) for heads in (40, 39, 20, 19, 5, 4)]
+    assert [(one.joint, one.columns, one.segments) for one in found] == [
+        (True, 64, 1),
+        (False, 64, 1),
+        (False, 64, 1),
+        (False, 32, 1),
+        (False, 32, 1),
+        (False, 32, 3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("width", "decay", "extra", "aligned", "expected"),
+    [
+        (128, "none", False, True, True),
+        (128, "head", False, True, False),
+        (64, "token", False, True, True),
+        (64, "none", True, True, False),
+        (64, "none", False, False, False),
+        (256, "none", False, True, False),
+    ],
+)
+def test_keys_and_values_share_a_scan_where_registers_suffice(
+    width: int, decay: str, extra: bool, aligned: bool, expected: bool
+) -> None:
+    assert joint(Task("backward", "sm_90", 2, width, width, decay, extra, aligned)) is expected
+    assert not joint(Task("backward", "sm_80", 2, width, width, decay, extra, aligned))
+    assert not joint(Task("backward", "sm_90", 4, width, width, decay, extra, aligned))
+    assert not joint(Task("forward", "sm_90", 2, width, width, decay, extra, aligned))
 
 
 @pytest.mark.parametrize(("length", "segments"), [(1, 1), (511, 1), (512, 2), (8192, 30), (10**6, 30)])

@@ -8,6 +8,7 @@ decay, D = 128), and cost the gated ones so many registers that they spill.
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.keys_values import scan_keys_values
 from linbench_kernels.additive.scan import scan
 from linbench_kernels.additive.spans import span
 from linbench_kernels.additive.tiles import placed
@@ -92,9 +93,12 @@ def backward_kernel(
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
+    JOINT: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
-    """Grid (S·H · segments · (2 · blocks of key columns + blocks of value columns),), see the table of ``scan``.
+    """Grid (S·H · segments · parts,), see the table of ``scan``: the blocks of columns of dq, of dk and of dv.
+
+    JOINT, one program makes dk and dv, all columns of them; without features, ``entering``, normaliser and dots.
 
     SEGMENTED, ``before`` and ``after_grad`` are ``[segments, S, H, D, M]``, and ``before_grad`` is None.
 
@@ -106,7 +110,7 @@ def backward_kernel(
         met: ⟨S, dS⟩ at the ends of segments, as ``[blocks of key columns, S·H, segments]``, or None.
     """
     KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
-    PARTS: tl.constexpr = 2 * KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
+    PARTS: tl.constexpr = KEY_BLOCKS + 1 if JOINT else 2 * KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
     part, index = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
     segment, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, segments, CHUNK, SEGMENTED)
     number = (batch.to(tl.int64) * heads + head) * length + first
@@ -199,6 +203,39 @@ def backward_kernel(
             ACC,
             PRECISION,
             SPLIT,
+            TMA,
+        )
+    elif JOINT:
+        scan_keys_values(
+            q,
+            q_steps,
+            k,
+            k_steps,
+            v,
+            v_steps,
+            out_grad,
+            out_grad_steps,
+            placed(k_grad, (k_grad_b, k_grad_h, k_grad_n), batch, head, first),
+            (k_grad_n, k_grad_d),
+            placed(v_grad, (v_grad_b, v_grad_h, v_grad_n), batch, head, first),
+            (v_grad_n, v_grad_d),
+            log_decay,
+            skip,
+            after_grad,
+            (after_grad_d, after_grad_m),
+            before_grad,
+            tokens,
+            scale,
+            D,
+            M,
+            BLOCK_D,
+            BLOCK_M,
+            CHUNK,
+            STAGES,
+            DECAY,
+            OPERAND,
+            ACC,
+            PRECISION,
             TMA,
         )
     elif part < 2 * KEY_BLOCKS:

@@ -17,6 +17,7 @@ from linbench_kernels.additive.configs import (
     block,
     config,
     filled,
+    parts,
     precise_arithmetic,
 )
 from linbench_kernels.additive.forward import forward_kernel
@@ -75,7 +76,7 @@ def forward(
     divisors = q.new_empty(batch, heads, length, dtype=numbers.state) if normalised else None
     kind = decay_kind(log_decay)
     tiles = (q, k, v, out)
-    extra = entering is not None or feature != "identity"
+    extra = entering is not None or feature != "identity" or normalised
     what = task("forward", arch, numbers, key_dim, value_dim, kind, extra, tiles)
     plan = spread(what, v, sequences)
     columns = min(plan.columns, block(value_dim))
@@ -159,14 +160,14 @@ def backward(
     entering, skip, log_decay, cu_seqlens = (small(x) for x in (entering, skip, log_decay, cu_seqlens))
     q_grad, k_grad, v_grad = of_every_head(q, heads), of_every_head(k, heads), torch.empty_like(v)
     tiles = (q, k, v, out_grad, q_grad, k_grad, v_grad)
-    extra = decay_grad or entering is not None or feature != "identity"
+    extra = decay_grad or entering is not None or feature != "identity" or normalised
     what = task("backward", arch, numbers, key_dim, value_dim, kind, extra, tiles)
     plan = spread(what, v, sequences)
     columns_d, columns_m = (min(plan.columns, block(width)) for width in (key_dim, value_dim))
-    key_blocks, value_blocks = triton.cdiv(key_dim, columns_d), triton.cdiv(value_dim, columns_m)
+    key_blocks = triton.cdiv(key_dim, columns_d)
 
-    def per_token(*parts: int) -> Tensor:
-        return q.new_empty(*parts, batch, heads, length, dtype=numbers.state)
+    def per_token(blocks: int) -> Tensor:
+        return q.new_empty(blocks, batch, heads, length, dtype=numbers.state)
 
     q_dots = per_token(key_blocks) if decay_grad else None
     k_dots = per_token(key_blocks) if decay_grad or entering is not None else None
@@ -192,7 +193,7 @@ def backward(
         after_grad = borders(segments, q, out_grad, *terms, state_grad, before_grad, reverse=True)
         before_grad_out = None
     if sequences * heads > 0:
-        backward_kernel[(sequences * heads * plan.segments * (2 * key_blocks + value_blocks),)](
+        backward_kernel[(sequences * heads * plan.segments * parts(plan, what),)](
             q,
             k,
             v,
@@ -241,6 +242,7 @@ def backward(
             **products(numbers),
             SPLIT=split,
             TMA=plan.tma,
+            JOINT=plan.joint,
             SEGMENTED=plan.segments > 1,
             num_warps=plan.warps,
         )
