@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,11 @@ class Case:
 
     batch: int = 1
     heads: int = 2
+    groups: int = 0
+    """Heads of q and k; as many as of v when 0."""
     tokens: int = 150
+    lengths: tuple[int, ...] = ()
+    """Of packed sequences, in place of ``tokens``; none are packed when empty."""
     key_dim: int = 20
     value_dim: int = 24
     dtype: torch.dtype = torch.float32
@@ -72,6 +77,8 @@ class Case:
     feature: str = "identity"
     normalised: bool = False
     layout: str = "BHN"
+    borders: torch.dtype = torch.int32
+    """Of the packed sequences."""
     size: float = 1.0
     """Standard deviation of q, k and v."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -86,8 +93,10 @@ class Case:
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-        per_token = (self.batch, self.heads, self.tokens)
-        x = {"q": normal(*per_token, self.key_dim) * self.key_dim**-0.5, "k": normal(*per_token, self.key_dim)}
+        tokens = sum(self.lengths) or self.tokens
+        per_token = (self.batch, self.heads, tokens)
+        keys = (self.batch, self.groups or self.heads, tokens, self.key_dim)
+        x = {"q": normal(*keys) * self.key_dim**-0.5, "k": normal(*keys)}
         x["v"] = normal(*per_token, self.value_dim)
         x = {name: self.laid_out((tensor * self.size).to(device, self.dtype)) for name, tensor in x.items()}
         precise = torch.promote_types(self.dtype, torch.float32)
@@ -99,7 +108,8 @@ class Case:
         if self.skip:
             x["skip"] = normal(self.heads).to(device, precise)
         if self.initial:
-            state = normal(self.batch, self.heads, self.key_dim, self.value_dim + self.normalised)
+            sequences = len(self.lengths) or self.batch
+            state = normal(sequences, self.heads, self.key_dim, self.value_dim + self.normalised)
             x["initial_state"] = (state.abs() if self.normalised else state).to(device, precise)
         return x
 
@@ -119,14 +129,40 @@ class Case:
         """The options of the operator."""
         return {"feature": self.feature, "normalised": self.normalised, "scale": 1.0 if self.normalised else 0.3}
 
+    def packing(self, device: torch.device) -> dict[str, Tensor]:
+        """The borders of packed sequences, where they are."""
+        if not self.lengths:
+            return {}
+        return {"cu_seqlens": torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=self.borders, device=device)}
+
+    def expected(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Outputs and final states by the recurrence, every sequence and every head of v on its own."""
+        heads = x["v"].shape[1]
+        x = x | {name: x[name].repeat_interleave(heads // x[name].shape[1], 1) for name in ("q", "k")}
+        if not self.lengths:
+            return recurrence(**x, **self.settings)
+        outs, states, first = [], [], 0
+        initial = x.pop("initial_state", None)
+        for number, length in enumerate(self.lengths):
+            part = {name: t if t.ndim == 1 else t[:, :, first : first + length] for name, t in x.items()}
+            first += length
+            before = None if initial is None else initial[number : number + 1]
+            if length:
+                out, before = recurrence(**part, **self.settings, initial_state=before)
+                outs.append(out)
+            elif before is None:
+                before = x["v"].new_zeros(1, heads, self.key_dim, self.value_dim + self.normalised)
+            states.append(before)
+        return torch.cat(outs, 2), torch.cat(states)
+
 
 def errors(case: Case, device: torch.device) -> dict[str, float]:
     """Relative error of o, of the final state, and of every gradient through both, by name."""
     given = {name: x.requires_grad_() for name, x in case.operands(device).items()}
     exact = {name: x.detach().cpu().double().requires_grad_() for name, x in given.items()}
-    out, state = attention(**given, **case.settings, return_state=True)
+    out, state = attention(**given, **case.settings, **case.packing(device), return_state=True)
     assert state is not None
-    expected_out, expected_state = recurrence(**exact, **case.settings)
+    expected_out, expected_state = case.expected(exact)
     assert out.dtype == case.dtype
     generator = torch.Generator().manual_seed(4)
     toward = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, state)]

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.scan import scan
+from linbench_kernels.additive.spans import span
+from linbench_kernels.additive.tiles import placed
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -32,6 +34,7 @@ def backward_kernel(
     after_grad,
     before_grad,
     met,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -69,6 +72,7 @@ def backward_kernel(
     after_grad_d,
     after_grad_m,
     heads,
+    group,
     length,
     scale: tl.constexpr,
     D: tl.constexpr,
@@ -88,28 +92,53 @@ def backward_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Grid (B·H · (2 · blocks of key columns + blocks of value columns),), see the table of ``scan``.
+    """Grid (S·H · (2 · blocks of key columns + blocks of value columns),), see the table of ``scan``.
 
     Args:
+        q_grad: of every head of v, ``[B, H, N, D]``, as ``k_grad``, though ``group`` of them have one of q and k.
         reciprocals: of the divisors of the rows, ``[B, H, N]``; with ``delta`` = −⟨do, o⟩, when NORMALISED.
         q_dots: ``[blocks of key columns, B, H, N]`` or None, for the gradient of the decays; ``k_dots`` the same.
         weight_dots: the same, for the gradient of the weights with which tokens enter; with ``k_dots`` only.
-        met: ⟨S_N, dS_N⟩ as ``[blocks of key columns, B·H]``, or None.
+        met: ⟨S_N, dS_N⟩ as ``[blocks of key columns, S·H]``, or None.
     """
     KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
     PARTS: tl.constexpr = 2 * KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
     part, index = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
-    batch, head = index // heads, index % heads
+    sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    number = (batch.to(tl.int64) * heads + head) * length + first
     programs = (tl.num_programs(0) // PARTS).to(tl.int64)
+    numbers = programs * length
+    if cu_seqlens is not None:
+        numbers = length.to(tl.int64) * heads
     EXTENDED: tl.constexpr = M + 1 if NORMALISED else M
     TO_TARGET: tl.constexpr = "target" if NORMALISED else ""
     TO_SOURCE: tl.constexpr = "source" if NORMALISED else ""
-    q_strides, k_strides, v_strides = (q_b, q_h, q_n, q_d), (k_b, k_h, k_n, k_d), (v_b, v_h, v_n, v_d)
-    out_grad_strides = (out_grad_b, out_grad_h, out_grad_n, out_grad_d)
+    q = placed(q, (q_b, q_h, q_n), batch, head // group, first)
+    k = placed(k, (k_b, k_h, k_n), batch, head // group, first)
+    v = placed(v, (v_b, v_h, v_n), batch, head, first)
+    out_grad = placed(out_grad, (out_grad_b, out_grad_h, out_grad_n), batch, head, first)
+    q_steps, k_steps, v_steps, out_grad_steps = (q_n, q_d), (k_n, k_d), (v_n, v_d), (out_grad_n, out_grad_d)
+    if DECAY == "token":
+        log_decay += number
+    elif DECAY == "head":
+        log_decay += head
+    if entering is not None:
+        entering += number
+    if skip is not None:
+        skip += head
+    if NORMALISED:
+        reciprocals += number
+        delta += number
+    if before is not None:
+        before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
+    if after_grad is not None:
+        after_grad += sequence.to(tl.int64) * after_grad_b + head.to(tl.int64) * after_grad_h
+    if before_grad is not None:
+        before_grad += index.to(tl.int64) * (D * EXTENDED)
     if part < KEY_BLOCKS:
         dots = q_dots
         if q_dots is not None:
-            dots += part * programs * length
+            dots += part * numbers + number
         meeting, met_place = after_grad, met
         if met is None:
             meeting = None
@@ -117,15 +146,15 @@ def backward_kernel(
             met_place += part * programs + index
         scan(
             out_grad,
-            out_grad_strides,
+            out_grad_steps,
             v,
-            v_strides,
+            v_steps,
             k,
-            k_strides,
-            q_grad,
-            (q_grad_b, q_grad_h, q_grad_n, q_grad_d),
+            k_steps,
+            placed(q_grad, (q_grad_b, q_grad_h, q_grad_n), batch, head, first),
+            (q_grad_n, q_grad_d),
             q,
-            q_strides,
+            q_steps,
             log_decay,
             reciprocals,
             entering,
@@ -135,17 +164,14 @@ def backward_kernel(
             dots,
             None,
             before,
-            (before_b, before_h, before_m, before_d),
+            (before_m, before_d),
             None,
             None,
             meeting,
-            (after_grad_b, after_grad_h, after_grad_m, after_grad_d),
+            (after_grad_m, after_grad_d),
             met_place,
-            batch,
-            head,
-            heads,
             part * COLUMNS_D,
-            length,
+            tokens,
             scale,
             M,
             D,
@@ -168,21 +194,21 @@ def backward_kernel(
     elif part < 2 * KEY_BLOCKS:
         dots = k_dots
         if k_dots is not None:
-            dots += (part - KEY_BLOCKS) * programs * length
+            dots += (part - KEY_BLOCKS) * numbers + number
         whole = weight_dots
         if weight_dots is not None:
-            whole += (part - KEY_BLOCKS) * programs * length
+            whole += (part - KEY_BLOCKS) * numbers + number
         scan(
             v,
-            v_strides,
+            v_steps,
             out_grad,
-            out_grad_strides,
+            out_grad_steps,
             q,
-            q_strides,
-            k_grad,
-            (k_grad_b, k_grad_h, k_grad_n, k_grad_d),
+            q_steps,
+            placed(k_grad, (k_grad_b, k_grad_h, k_grad_n), batch, head, first),
+            (k_grad_n, k_grad_d),
             k,
-            k_strides,
+            k_steps,
             log_decay,
             entering,
             reciprocals,
@@ -192,17 +218,14 @@ def backward_kernel(
             dots,
             whole,
             after_grad,
-            (after_grad_b, after_grad_h, after_grad_m, after_grad_d),
+            (after_grad_m, after_grad_d),
             before_grad,
-            (heads * D * EXTENDED, D * EXTENDED, 1, EXTENDED),
+            (1, EXTENDED),
             None,
             None,
             None,
-            batch,
-            head,
-            heads,
             (part - KEY_BLOCKS) * COLUMNS_D,
-            length,
+            tokens,
             scale,
             M,
             D,
@@ -225,13 +248,13 @@ def backward_kernel(
     else:
         scan(
             k,
-            k_strides,
+            k_steps,
             q,
-            q_strides,
+            q_steps,
             out_grad,
-            out_grad_strides,
-            v_grad,
-            (v_grad_b, v_grad_h, v_grad_n, v_grad_d),
+            out_grad_steps,
+            placed(v_grad, (v_grad_b, v_grad_h, v_grad_n), batch, head, first),
+            (v_grad_n, v_grad_d),
             None,
             None,
             log_decay,
@@ -243,17 +266,14 @@ def backward_kernel(
             None,
             None,
             after_grad,
-            (after_grad_b, after_grad_h, after_grad_d, after_grad_m),
+            (after_grad_d, after_grad_m),
             None,
             None,
             None,
             None,
             None,
-            batch,
-            head,
-            heads,
             (part - 2 * KEY_BLOCKS) * COLUMNS_M,
-            length,
+            tokens,
             scale,
             D,
             M,

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.scan import scan
+from linbench_kernels.additive.spans import span
+from linbench_kernels.additive.tiles import placed
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -18,6 +20,7 @@ def forward_kernel(
     divisors,
     before,
     after,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -39,6 +42,7 @@ def forward_kernel(
     before_d,
     before_m,
     heads,
+    group,
     length,
     scale: tl.constexpr,
     D: tl.constexpr,
@@ -55,23 +59,38 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Grid (B·H · blocks of value columns,), the blocks of a head side by side, where they share q and k in the cache.
+    """Grid (S·H · blocks of value columns,), the blocks of a head side by side, where they share q and k in the cache.
 
-    Tensors are those of :func:`linbench_kernels.additive.attention`.
+    Tensors are those of :func:`linbench_kernels.additive.attention`; ``group`` heads of v have one of q and k.
     """
     BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    batch, head = index // heads, index % heads
+    sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    number = (batch.to(tl.int64) * heads + head) * length + first
     EXTENDED: tl.constexpr = M + 1 if NORMALISED else M
+    if DECAY == "token":
+        log_decay += number
+    elif DECAY == "head":
+        log_decay += head
+    if entering is not None:
+        entering += number
+    if NORMALISED:
+        divisors += number
+    if skip is not None:
+        skip += head
+    if before is not None:
+        before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
+    if after is not None:
+        after += index.to(tl.int64) * (D * EXTENDED)
     scan(
-        q,
-        (q_b, q_h, q_n, q_d),
-        k,
-        (k_b, k_h, k_n, k_d),
-        v,
-        (v_b, v_h, v_n, v_d),
-        out,
-        (out_b, out_h, out_n, out_d),
+        placed(q, (q_b, q_h, q_n), batch, head // group, first),
+        (q_n, q_d),
+        placed(k, (k_b, k_h, k_n), batch, head // group, first),
+        (k_n, k_d),
+        placed(v, (v_b, v_h, v_n), batch, head, first),
+        (v_n, v_d),
+        placed(out, (out_b, out_h, out_n), batch, head, first),
+        (out_n, out_d),
         None,
         None,
         log_decay,
@@ -83,17 +102,14 @@ def forward_kernel(
         None,
         None,
         before,
-        (before_b, before_h, before_d, before_m),
+        (before_d, before_m),
         after,
-        (heads * D * EXTENDED, D * EXTENDED, EXTENDED, 1),
+        (EXTENDED, 1),
         None,
         None,
         None,
-        batch,
-        head,
-        heads,
         part * COLUMNS,
-        length,
+        tokens,
         scale,
         D,
         M,

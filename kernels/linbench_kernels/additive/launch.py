@@ -46,15 +46,17 @@ def forward(
     feature: str,
     normalised: bool,
     keep_state: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state (empty unless asked for) and the divisors of the rows (empty unless normalised)."""
-    batch, heads, length, key_dim = q.shape
-    value_dim = v.shape[-1]
+    batch, heads, length, value_dim = v.shape
+    key_dim = q.shape[-1]
+    sequences = sequences_of(v, cu_seqlens)
     arch = arch_of(q)
     numbers = arithmetic(q.dtype, arch)
     out = torch.empty_like(v)
     extended = value_dim + normalised
-    state = q.new_empty(batch, heads, key_dim, extended, dtype=numbers.state) if keep_state else None
+    state = q.new_empty(sequences, heads, key_dim, extended, dtype=numbers.state) if keep_state else None
     divisors = q.new_empty(batch, heads, length, dtype=numbers.state) if normalised else None
     kind = decay_kind(log_decay)
     tiles = (q, k, v, out)
@@ -63,8 +65,8 @@ def forward(
     columns = min(chosen.columns, block(value_dim))
     if chosen.tma:
         triton.set_allocator(scratch)
-    if q.shape[0] * q.shape[1] > 0:
-        forward_kernel[(batch * heads * triton.cdiv(value_dim, columns),)](
+    if sequences * heads > 0:
+        forward_kernel[(sequences * heads * triton.cdiv(value_dim, columns),)](
             q,
             k,
             v,
@@ -75,12 +77,14 @@ def forward(
             divisors,
             initial_state,
             state,
+            small(cu_seqlens),
             *q.stride(),
             *k.stride(),
             *v.stride(),
             *out.stride(),
             *strides(initial_state),
             heads,
+            heads // q.shape[1],
             length,
             scale=scale,
             D=key_dim,
@@ -115,6 +119,7 @@ def backward(
     feature: str,
     normalised: bool,
     decay_grad: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, the log decay, the entering weights, the skip and the initial state; empty for None.
 
@@ -122,13 +127,14 @@ def backward(
         out: of the forward, where it is normalised; ``divisors`` the same.
         decay_grad: whether the decays are to have one.
     """
-    batch, heads, length, key_dim = q.shape
-    value_dim = v.shape[-1]
+    batch, heads, length, value_dim = v.shape
+    key_dim = q.shape[-1]
+    sequences = sequences_of(v, cu_seqlens)
     arch = arch_of(q)
     numbers = precise_arithmetic(q.dtype, arch) if decay_grad else arithmetic(q.dtype, arch)
     kind = decay_kind(log_decay)
-    entering, skip, log_decay = small(entering), small(skip), small(log_decay)
-    q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q, k, v))
+    entering, skip, log_decay, cu_seqlens = (small(x) for x in (entering, skip, log_decay, cu_seqlens))
+    q_grad, k_grad, v_grad = of_every_head(q, heads), of_every_head(k, heads), torch.empty_like(v)
     tiles = (q, k, v, out_grad, q_grad, k_grad, v_grad)
     extra = decay_grad or entering is not None or feature != "identity"
     chosen = config(task("backward", arch, numbers, key_dim, value_dim, kind, extra, tiles))
@@ -141,68 +147,72 @@ def backward(
     q_dots = per_token(key_blocks) if decay_grad else None
     k_dots = per_token(key_blocks) if decay_grad or entering is not None else None
     weight_dots = per_token(key_blocks) if entering is not None else None
-    met = q.new_empty(key_blocks, batch * heads, dtype=numbers.state) if decay_grad and state_grad is not None else None
+    met = None
+    if decay_grad and state_grad is not None:
+        met = q.new_empty(key_blocks, sequences * heads, dtype=numbers.state)
     before_grad = None
     if initial_state is not None:
-        shape = (batch, heads, key_dim, value_dim + normalised)
-        before_grad = q.new_empty(shape, dtype=numbers.state)
+        before_grad = q.new_empty(initial_state.shape, dtype=numbers.state)
     delta = reciprocals = None
     if normalised and out is not None and divisors is not None:
         reciprocals = torch.where(divisors == 0, 1.0, divisors).reciprocal()
         delta = row_dots(out, out_grad, numbers)
     if chosen.tma:
         triton.set_allocator(scratch)
-    backward_kernel[(batch * heads * (2 * key_blocks + value_blocks),)](
-        q,
-        k,
-        v,
-        out_grad,
-        q_grad,
-        k_grad,
-        v_grad,
-        log_decay,
-        entering,
-        skip,
-        reciprocals,
-        delta,
-        q_dots,
-        k_dots,
-        weight_dots,
-        initial_state,
-        state_grad,
-        before_grad,
-        met,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *out_grad.stride(),
-        *q_grad.stride(),
-        *k_grad.stride(),
-        *v_grad.stride(),
-        *strides(initial_state),
-        *strides(state_grad),
-        heads,
-        length,
-        scale=scale,
-        D=key_dim,
-        M=value_dim,
-        BLOCK_D=block(key_dim),
-        BLOCK_M=block(value_dim),
-        COLUMNS_D=columns_d,
-        COLUMNS_M=columns_m,
-        CHUNK=chosen.chunk,
-        STAGES=chosen.stages,
-        DECAY=kind,
-        FEATURE=feature,
-        NORMALISED=normalised,
-        **products(numbers),
-        SPLIT=decay_grad and q.dtype is torch.bfloat16,
-        TMA=chosen.tma,
-        num_warps=chosen.warps,
-    )
+    if sequences * heads > 0:
+        backward_kernel[(sequences * heads * (2 * key_blocks + value_blocks),)](
+            q,
+            k,
+            v,
+            out_grad,
+            q_grad,
+            k_grad,
+            v_grad,
+            log_decay,
+            entering,
+            skip,
+            reciprocals,
+            delta,
+            q_dots,
+            k_dots,
+            weight_dots,
+            initial_state,
+            state_grad,
+            before_grad,
+            met,
+            cu_seqlens,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *out_grad.stride(),
+            *q_grad.stride(),
+            *k_grad.stride(),
+            *v_grad.stride(),
+            *strides(initial_state),
+            *strides(state_grad),
+            heads,
+            heads // q.shape[1],
+            length,
+            scale=scale,
+            D=key_dim,
+            M=value_dim,
+            BLOCK_D=block(key_dim),
+            BLOCK_M=block(value_dim),
+            COLUMNS_D=columns_d,
+            COLUMNS_M=columns_m,
+            CHUNK=chosen.chunk,
+            STAGES=chosen.stages,
+            DECAY=kind,
+            FEATURE=feature,
+            NORMALISED=normalised,
+            **products(numbers),
+            SPLIT=decay_grad and q.dtype is torch.bfloat16,
+            TMA=chosen.tma,
+            num_warps=chosen.warps,
+        )
     log_decay_grad, entering_grad, skip_grad, state_result = (q.new_empty(0) for _ in range(4))
     if decay_grad and log_decay is not None and q_dots is not None and k_dots is not None:
-        log_decay_grad = decay_gradient(q_dots, k_dots, reciprocals, entering, met)
+        log_decay_grad = decay_gradient(q_dots, k_dots, reciprocals, entering, met, cu_seqlens)
         if kind == "head":
             log_decay_grad = log_decay_grad.sum((0, 2))
         log_decay_grad = log_decay_grad.to(log_decay.dtype)
@@ -212,7 +222,26 @@ def backward(
         skip_grad = row_dots(v, out_grad, numbers).sum((0, 2)).neg().to(skip.dtype)
     if before_grad is not None and initial_state is not None:
         state_result = before_grad.to(initial_state.dtype)
+    q_grad, k_grad = of_groups(q_grad, q), of_groups(k_grad, k)
     return q_grad, k_grad, v_grad, log_decay_grad, entering_grad, skip_grad, state_result
+
+
+def of_every_head(x: Tensor, heads: int) -> Tensor:
+    """A place for a gradient of q or k for every head of v, in the order of ``x`` in memory."""
+    batch, groups, length, width = x.shape
+    if groups == heads:
+        return torch.empty_like(x)
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(batch, length, heads, width).transpose(1, 2)
+    return x.new_empty(batch, heads, length, width)
+
+
+def of_groups(gradient: Tensor, x: Tensor) -> Tensor:
+    """Gradients of every head of v summed over those that share a head of ``x``, in the layout of ``x``."""
+    batch, groups, length, width = x.shape
+    if gradient.shape[1] == groups:
+        return gradient
+    return torch.sum(gradient.view(batch, groups, -1, length, width), 2, out=torch.empty_like(x))
 
 
 def row_dots(out: Tensor, out_grad: Tensor, numbers: Arithmetic) -> Tensor:
@@ -238,13 +267,30 @@ def row_dots(out: Tensor, out_grad: Tensor, numbers: Arithmetic) -> Tensor:
 
 
 def decay_gradient(
-    q_dots: Tensor, k_dots: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, met: Tensor | None
+    q_dots: Tensor,
+    k_dots: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    met: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """``[B, H, N]``, from dots ``[blocks, B, H, N]``."""
     blocks, batch, heads, length = q_dots.shape
     gradient = torch.empty_like(q_dots[0])
-    decay_gradient_kernel[(batch * heads,)](
-        q_dots, k_dots, q_weight, k_weight, met, gradient, length, BLOCKS=blocks, ROWS=1024, num_warps=4
+    decay_gradient_kernel[(sequences_of(gradient, cu_seqlens) * heads,)](
+        q_dots,
+        k_dots,
+        q_weight,
+        k_weight,
+        met,
+        gradient,
+        cu_seqlens,
+        heads,
+        length,
+        batch,
+        BLOCKS=blocks,
+        ROWS=1024,
+        num_warps=4,
     )
     return gradient
 
@@ -262,8 +308,8 @@ def step(
     normalised: bool,
 ) -> Tensor:
     """One token: o ``[B, H, M]``; the state is changed."""
-    batch, heads, key_dim = q.shape
-    value_dim = v.shape[-1]
+    batch, heads, value_dim = v.shape
+    key_dim = q.shape[-1]
     numbers = arithmetic(q.dtype, arch_of(q))
     out = v.new_empty(batch, heads, value_dim)
     columns = min(16 if key_dim > 64 else 32, block(value_dim))
@@ -282,6 +328,7 @@ def step(
         *v.stride(),
         *state.stride(),
         heads,
+        heads // q.shape[1],
         scale=scale,
         D=key_dim,
         M=value_dim,
@@ -322,6 +369,11 @@ def described(x: Tensor) -> bool:
     step = 16 // x.element_size()
     whole = x.data_ptr() % 16 == 0 and all(number % step == 0 for number in x.stride()[:-1])
     return whole and x.stride(-1) == 1 and x.stride(2) > 0
+
+
+def sequences_of(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    """S: batches, or sequences that are packed into one."""
+    return v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
 def strides(x: Tensor | None) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ def attention(
     normalised: bool = False,
     initial_state: Tensor | None = None,
     return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """o_t = scale · φ(q_t) S_t + skip · v_t with S_t = exp(log_decay_t) S_{t−1} + entering_t φ(k_t)ᵀ v_t.
 
@@ -35,7 +36,8 @@ def attention(
     they have, and results come in those of what they belong to.
 
     Args:
-        q: ``[B, H, N, D]``; bf16, fp16, fp32 or fp64, as k ``[B, H, N, D]`` and v ``[B, H, N, M]``; D and M up to 256.
+        q: ``[B, G, N, D]``; bf16, fp16, fp32 or fp64, as k ``[B, G, N, D]`` and v ``[B, H, N, M]``; D and M up to 256.
+            G divides H: head h of v goes with head h // (H / G) of q and k.
         log_decay: natural logarithm, ≤ 0, ``[H]`` or ``[B, H, N]``; −∞ forgets all.
         entering: ``[B, H, N]``; ones when None.
         skip: ``[H]``; zeros when None.
@@ -43,27 +45,30 @@ def attention(
         normalised: rows are divided by the sum of their weights, φ(q_t)·z_t with z_t = exp(log_decay_t) z_{t−1} +
             entering_t φ(k_t); a sum of 0 gives a row of 0. Without ``scale`` and ``skip``. States then have a column
             more, z.
-        initial_state: S_0 ``[B, H, D, M]``, or ``[B, H, D, M + 1]`` when normalised; zeros when None.
+        initial_state: S_0 ``[S, H, D, M]``, or ``[S, H, D, M + 1]`` when normalised; zeros when None. S is B, or the
+            number of packed sequences.
         return_state: whether S_N is wanted.
+        cu_seqlens: int32 or int64 ``[S + 1]``, rising from 0 to N: B is 1, and sequence s has the tokens from
+            cu_seqlens[s] up to cu_seqlens[s + 1], none perhaps. The numbers stay on the device and are not checked.
 
     Returns:
-        o ``[B, H, N, M]`` in the dtype of v, and S_N in fp32 (fp64), or None.
+        o ``[B, H, N, M]`` in the dtype of v, and S_N ``[S, H, D, M]`` in fp32 (fp64), or None.
 
     Raises:
         ValueError: shapes, dtypes or options that do not go together, or no device for kernels.
     """
-    check(q, k, v, feature)
-    batch, heads, length, key_dim = q.shape
-    shape = (batch, heads, key_dim, v.shape[-1] + normalised)
+    check(q, k, v, feature, grouped=True)
+    batch, heads, length, value_dim = v.shape
+    sequences = batch if cu_seqlens is None else check_packing(cu_seqlens, batch)
     expect("log_decay", log_decay, (heads,), (batch, heads, length))
     expect("entering", entering, (batch, heads, length))
     expect("skip", skip, (heads,))
-    expect("initial_state", initial_state, shape)
+    expect("initial_state", initial_state, (sequences, heads, q.shape[-1], value_dim + normalised))
     if normalised and (scale != 1 or skip is not None):
         raise ValueError("normalised rows take neither scale nor skip")
     if not length:
         raise ValueError("N = 0: a token at least is needed")
-    operands = (q, k, v, log_decay, entering, skip, initial_state)
+    operands = (q, k, v, log_decay, entering, skip, initial_state, cu_seqlens)
     out, state, _ = attention_op(*operands, float(scale), feature, normalised, return_state)
     return out, state if return_state else None
 
@@ -84,30 +89,34 @@ def step(
     """One token of :func:`attention`: o ``[B, H, M]``; ``state`` is changed in place, and read and written once.
 
     Args:
-        q: ``[B, H, D]``, as k; v ``[B, H, M]``.
+        q: ``[B, G, D]``, as k; v ``[B, H, M]``.
         state: ``[B, H, D, M]``, or ``[B, H, D, M + 1]`` when normalised; fp32 (fp64 for fp64).
         log_decay: ``[H]`` or ``[B, H]``; ``entering`` ``[B, H]``.
 
     Raises:
         ValueError: as in :func:`attention`.
     """
-    check(q[:, :, None], k[:, :, None], v[:, :, None], feature)
-    batch, heads, key_dim = q.shape
+    check(q[:, :, None], k[:, :, None], v[:, :, None], feature, grouped=True)
+    batch, heads, value_dim = v.shape
     expect("log_decay", log_decay, (heads,), (batch, heads))
     expect("entering", entering, (batch, heads))
     expect("skip", skip, (heads,))
-    expect("state", state, (batch, heads, key_dim, v.shape[-1] + normalised))
+    expect("state", state, (batch, heads, q.shape[-1], value_dim + normalised))
     if normalised and (scale != 1 or skip is not None):
         raise ValueError("normalised rows take neither scale nor skip")
     out: Tensor = step_op(q, k, v, state, log_decay, entering, skip, float(scale), feature, normalised)
     return out
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, feature: str) -> None:
-    """Refuse what no kernel takes, in a sentence."""
-    if q.ndim != 4 or q.shape != k.shape or q.shape[:-1] != v.shape[:-1]:
+def check(q: Tensor, k: Tensor, v: Tensor, feature: str, grouped: bool = False) -> None:
+    """Refuse what no kernel takes, in a sentence; ``grouped`` where q and k may have fewer heads than v."""
+    shared = grouped and q.ndim == v.ndim == 4 and q.shape[1] > 0 and v.shape[1] % q.shape[1] == 0
+    tokens = (q.shape[0], v.shape[1], *q.shape[2:-1]) if shared else q.shape[:-1]
+    if q.ndim != 4 or q.shape != k.shape or tokens != v.shape[:-1]:
         found = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        raise ValueError(f"{found}: q and k of one shape [B, H, N, D] and v [B, H, N, M] are needed")
+        fewer = ", with G that divides H," if grouped else ""
+        heads = "G" if grouped else "H"
+        raise ValueError(f"{found}: q and k of one shape [B, {heads}, N, D] and v [B, H, N, M]{fewer} are needed")
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of {DTYPES} for all is needed")
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
@@ -116,6 +125,16 @@ def check(q: Tensor, k: Tensor, v: Tensor, feature: str) -> None:
         raise ValueError(f"unknown feature '{feature}'; choose from {', '.join(FEATURES)}")
     if (reason := unavailable(q.device)) is not None:
         raise ValueError(reason)
+
+
+def check_packing(cu_seqlens: Tensor, batch: int) -> int:
+    """The number of packed sequences; what cannot be borders of them is refused."""
+    if cu_seqlens.ndim != 1 or not cu_seqlens.numel() or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        found = f"{list(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+        raise ValueError(f"cu_seqlens is {found}; [S + 1] of int32 or int64 is needed")
+    if batch != 1:
+        raise ValueError(f"B = {batch}: packed sequences lie in one batch")
+    return cu_seqlens.numel() - 1
 
 
 def expect(name: str, x: Tensor | None, *shapes: tuple[int, ...]) -> None:
@@ -134,13 +153,15 @@ def attention_op(
     entering: Tensor | None,
     skip: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     feature: str,
     normalised: bool,
     keep_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`~linbench_kernels.additive.launch.forward` as an operator of torch."""
-    return launch.forward(q, k, v, log_decay, entering, skip, initial_state, scale, feature, normalised, keep_state)
+    tensors = (q, k, v, log_decay, entering, skip, initial_state)
+    return launch.forward(*tensors, scale, feature, normalised, keep_state, cu_seqlens)
 
 
 @attention_op.register_fake
@@ -152,14 +173,16 @@ def _(
     entering: Tensor | None,
     skip: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     feature: str,
     normalised: bool,
     keep_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, length, key_dim = q.shape
+    batch, heads, length, value_dim = v.shape
     precise = torch.promote_types(q.dtype, torch.float32)
-    shapes = ((batch, heads, key_dim, v.shape[-1] + normalised), (batch, heads, length))
+    sequences = launch.sequences_of(v, cu_seqlens)
+    shapes = ((sequences, heads, q.shape[-1], value_dim + normalised), (batch, heads, length))
     state, divisors = (
         q.new_empty(shape, dtype=precise) if wanted else q.new_empty(0)
         for shape, wanted in zip(shapes, (keep_state, normalised), strict=True)
@@ -179,6 +202,7 @@ def backward_op(
     entering: Tensor | None,
     skip: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     divisors: Tensor | None,
     scale: float,
     feature: str,
@@ -186,23 +210,9 @@ def backward_op(
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`~linbench_kernels.additive.launch.backward` as an operator of torch."""
-    return launch.backward(
-        out_grad,
-        state_grad,
-        q,
-        k,
-        v,
-        out,
-        log_decay,
-        entering,
-        skip,
-        initial_state,
-        divisors,
-        scale,
-        feature,
-        normalised,
-        decay_grad,
-    )
+    weights = (log_decay, entering, skip, initial_state, divisors)
+    options = (scale, feature, normalised, decay_grad)
+    return launch.backward(out_grad, state_grad, q, k, v, out, *weights, *options, cu_seqlens)
 
 
 @backward_op.register_fake
@@ -217,6 +227,7 @@ def _(
     entering: Tensor | None,
     skip: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     divisors: Tensor | None,
     scale: float,
     feature: str,
@@ -231,41 +242,27 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, log_decay, entering, skip, initial_state, *options = inputs
-    ctx.scale, ctx.feature, ctx.normalised, ctx.keep_state = options
+    *tensors, ctx.scale, ctx.feature, ctx.normalised, ctx.keep_state = inputs
     out, state, divisors = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(divisors)
     if not ctx.keep_state:
         ctx.mark_non_differentiable(state)
-    ctx.decay_grad = log_decay is not None and ctx.needs_input_grad[3]
+    ctx.decay_grad = tensors[3] is not None and ctx.needs_input_grad[3]
     kept = (out if ctx.normalised else None, divisors if ctx.normalised else None)
-    ctx.save_for_backward(q, k, v, log_decay, entering, skip, initial_state, *kept)
+    ctx.save_for_backward(*tensors, *kept)
 
 
 def _backward(ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, entering, skip, initial_state, out, divisors = ctx.saved_tensors
+    q, k, v, log_decay, entering, skip, initial_state, cu_seqlens, out, divisors = ctx.saved_tensors
     if out_grad is None:
         out_grad = torch.zeros_like(v)
-    grads = backward_op(
-        out_grad,
-        state_grad,
-        q,
-        k,
-        v,
-        out,
-        log_decay,
-        entering,
-        skip,
-        initial_state,
-        divisors,
-        ctx.scale,
-        ctx.feature,
-        ctx.normalised,
-        ctx.decay_grad,
-    )
+    weights = (log_decay, entering, skip, initial_state, cu_seqlens, divisors)
+    options = (ctx.scale, ctx.feature, ctx.normalised, ctx.decay_grad)
+    grads = backward_op(out_grad, state_grad, q, k, v, out, *weights, *options)
     there = (True, True, True, ctx.decay_grad, *(x is not None for x in (entering, skip, initial_state)))
-    return *(grad if given else None for grad, given in zip(grads, there, strict=True)), None, None, None, None
+    nothing = (None,) * 5
+    return *(grad if given else None for grad, given in zip(grads, there, strict=True)), *nothing
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)

@@ -22,16 +22,16 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import (
-    described,
+    described_placed,
     featured,
-    load_row,
-    load_tile,
+    load_numbers,
+    load_placed,
     operand,
+    places,
     rest,
     slope,
-    state_places,
-    store_row,
-    store_tile,
+    store_numbers,
+    store_placed,
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -55,6 +55,25 @@ def decay_sums(
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """:func:`fading_sums` of ``log_decay[batch, head]``, or of ``log_decay[head]``."""
+    if DECAY == "token":
+        log_decay += (batch.to(tl.int64) * heads + head) * length
+    else:
+        log_decay += head
+    return fading_sums(log_decay, row, length, DECAY, CHUNK, REVERSE, OPERAND, ACC)
+
+
+@triton.jit
+def fading_sums(
+    log_decay,
+    row,
+    length,
+    DECAY: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """log2 decays of a chunk: between its border where the state comes in and each token, and over all of it.
 
     In fp64 unless products are of bf16: the difference of two sums of a hundred keeps five digits in fp32.
@@ -62,12 +81,12 @@ def decay_sums(
     at_least = SHUT_64 if ACC == tl.float64 else SHUT
     LOGS: tl.constexpr = tl.float32 if OPERAND == "bf16" else tl.float64
     if DECAY == "token":
-        steps = load_row(log_decay, batch, head, heads, row, length, CHUNK, LOGS) * LOG2_E
+        steps = load_numbers(log_decay, row, length, CHUNK, LOGS) * LOG2_E
         steps = tl.maximum(steps, at_least)
         total = tl.sum(steps, 0)
         sums = tl.cumsum(steps, 0)
     else:
-        step = tl.maximum(tl.load(log_decay + head).to(LOGS) * LOG2_E, at_least)
+        step = tl.maximum(tl.load(log_decay).to(LOGS) * LOG2_E, at_least)
         total = tl.minimum(length - row, CHUNK) * step
         sums = tl.minimum(tl.arange(0, CHUNK) + 1, length - row) * step
     if REVERSE:
@@ -78,15 +97,15 @@ def decay_sums(
 @triton.jit
 def scan(
     a,
-    a_strides,
+    a_steps,
     b,
-    b_strides,
+    b_steps,
     c,
-    c_strides,
+    c_steps,
     out,
-    out_strides,
+    out_steps,
     own,
-    own_strides,
+    own_steps,
     log_decay,
     target,
     source,
@@ -96,15 +115,12 @@ def scan(
     dots_out,
     whole_out,
     before,
-    before_strides,
+    before_steps,
     after,
-    after_strides,
+    after_steps,
     meeting,
-    meeting_strides,
+    meeting_steps,
     met,
-    batch,
-    head,
-    heads,
     column,
     length,
     scale,
@@ -126,31 +142,33 @@ def scan(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One program: all tokens of a head, and ``COLUMNS`` columns of the output from ``column`` on.
+    """One program: all tokens of a sequence and head, and ``COLUMNS`` columns of the output from ``column`` on.
+
+    Every pointer is to the first token of them, or to their state; steps are strides of the last two dimensions.
 
     Args:
         own: the tensor whose gradient ``out`` is; with it the slope of φ is applied, and rows of φ(own)·out kept.
-        log_decay: natural, ``[B, H, N]`` for DECAY "token", ``[H]`` for "head".
-        target: ``[B, H, N]``, or None for ones; ``source`` the same.
-        skip: ``[H]`` or None.
-        delta: ``[B, H, N]``: a column more of a (DELTA "target") or of b ("source"), beside ones in the other; what
-            the normaliser adds to gradients.
-        sums_out: ``[B, H, N]``, written when NORMALISED: out divided by it; its state is one column more.
-        dots_out: ``[B, H, N]`` or None: Σ over these columns of φ(own) · out, before ``target`` and without s = t: what
+        log_decay: natural, ``[length]`` for DECAY "token", one number for "head".
+        target: ``[length]``, or None for ones; ``source`` the same.
+        skip: one number or None.
+        delta: ``[length]``: a column more of a (DELTA "target") or of b ("source"), beside ones in the other; what the
+            normaliser adds to gradients.
+        sums_out: ``[length]``, written when NORMALISED: out divided by it; its state is one column more.
+        dots_out: ``[length]`` or None: Σ over these columns of φ(own) · out, before ``target`` and without s = t: what
             a token has of itself does not fade, and would drown what does.
         whole_out: the same with s = t, or None.
-        before: the state that comes in, ``[K, WIDTH]`` in its last two strides, or None; ``after`` the one that leaves.
+        before: the state that comes in, ``[K, WIDTH]``, or None; ``after`` the one that leaves.
         meeting: like ``after``; the sum of its products with the state that leaves goes to ``met``, one number.
         SPLIT: what bf16 loses of states, weights and faded rows is multiplied as well. The sums of the dots over all
             tokens cancel but for the gradient of the decays, and rounding, which differs in dq and dk, does not.
     """
     if TMA:
-        a = described(a, a_strides, batch, head, length, CHUNK, BLOCK_K, K)
-        b = described(b, b_strides, batch, head, length, CHUNK, BLOCK_K, K)
-        c = described(c, c_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
-        out = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
+        a = described_placed(a, a_steps, length, CHUNK, BLOCK_K, K)
+        b = described_placed(b, b_steps, length, CHUNK, BLOCK_K, K)
+        c = described_placed(c, c_steps, length, CHUNK, COLUMNS, WIDTH)
+        out = described_placed(out, out_steps, length, CHUNK, COLUMNS, WIDTH)
         if own is not None:
-            own = described(own, own_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
+            own = described_placed(own, own_steps, length, CHUNK, COLUMNS, WIDTH)
     state = tl.zeros([BLOCK_K, COLUMNS], dtype=ACC)
     ks, columns = tl.arange(0, BLOCK_K), column + tl.arange(0, COLUMNS)
     inside = (ks < K)[:, None] & (columns < WIDTH)[None, :]
@@ -159,16 +177,12 @@ def scan(
     if DELTA != "":
         sums = tl.zeros([COLUMNS], dtype=ACC)
     if before is not None:
-        state = tl.load(
-            state_places(before, before_strides, batch, head, 0, column, BLOCK_K, COLUMNS), mask=inside, other=0.0
-        ).to(ACC)
-        start = before + batch.to(tl.int64) * before_strides[0] + head.to(tl.int64) * before_strides[1]
+        state = tl.load(places(before, before_steps, 0, column, BLOCK_K, COLUMNS), mask=inside, other=0.0).to(ACC)
         if NORMALISED:
-            sums = tl.load(start + ks * before_strides[2] + WIDTH * before_strides[3], mask=ks < K, other=0.0).to(ACC)
+            sums = tl.load(before + ks * before_steps[0] + WIDTH * before_steps[1], mask=ks < K, other=0.0).to(ACC)
         if DELTA != "":
-            sums = tl.load(
-                start + columns * before_strides[3] + K * before_strides[2], mask=columns < WIDTH, other=0.0
-            ).to(ACC)
+            sums_places = before + columns * before_steps[1] + K * before_steps[0]
+            sums = tl.load(sums_places, mask=columns < WIDTH, other=0.0).to(ACC)
         if REVERSE:
             state /= scale
             if DELTA != "":
@@ -184,9 +198,9 @@ def scan(
         row = index * CHUNK
         if REVERSE:
             row = (chunks - 1 - index) * CHUNK
-        a_tile = load_tile(a, a_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K, TMA)
-        b_tile = load_tile(b, b_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K, TMA)
-        c_tile = load_tile(c, c_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, TMA)
+        a_tile = load_placed(a, a_steps, row, 0, length, CHUNK, BLOCK_K, K, TMA)
+        b_tile = load_placed(b, b_steps, row, 0, length, CHUNK, BLOCK_K, K, TMA)
+        c_tile = load_placed(c, c_steps, row, column, length, CHUNK, COLUMNS, WIDTH, TMA)
         if FEATURE_AB != "identity":
             a_tile = featured(a_tile.to(ACC), row, 0, length, CHUNK, BLOCK_K, K, FEATURE_AB)
             b_tile = featured(b_tile.to(ACC), row, 0, length, CHUNK, BLOCK_K, K, FEATURE_AB)
@@ -194,9 +208,9 @@ def scan(
             c_tile = featured(c_tile.to(ACC), row, column, length, CHUNK, COLUMNS, WIDTH, FEATURE_C)
         a_tile, b_tile, c_tile = operand(a_tile, OPERAND), operand(b_tile, OPERAND), operand(c_tile, OPERAND)
         if DECAY != "none":
-            fading, total = decay_sums(log_decay, batch, head, heads, row, length, DECAY, CHUNK, REVERSE, OPERAND, ACC)
+            fading, total = fading_sums(log_decay, row, length, DECAY, CHUNK, REVERSE, OPERAND, ACC)
         if DELTA != "":
-            column_more = load_row(delta, batch, head, heads, row, length, CHUNK, ACC)
+            column_more = load_numbers(delta, row, length, CHUNK, ACC)
 
         past = operand(state, OPERAND)
         acc = tl.dot(a_tile, past, input_precision=PRECISION, out_dtype=ACC)
@@ -223,7 +237,7 @@ def scan(
             between = (fading[:, None] - fading[None, :]).to(ACC)
             scores *= tl.exp2(tl.where(visible, between, 0.0))
         if source is not None:
-            weight = load_row(source, batch, head, heads, row, length, CHUNK, ACC)
+            weight = load_numbers(source, row, length, CHUNK, ACC)
             scores *= weight[None, :]
         scores = tl.where(visible, scores, 0.0)
         if dots_out is not None:
@@ -238,28 +252,28 @@ def scan(
         if NORMALISED:
             acc /= tl.where(divisor == 0, 1.0, divisor)[:, None]
             if column == 0:
-                store_row(sums_out, batch, head, heads, row, length, divisor, CHUNK)
+                store_numbers(sums_out, row, length, divisor, CHUNK)
 
         if own is not None:
-            own_tile = load_tile(own, own_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, TMA).to(ACC)
+            own_tile = load_placed(own, own_steps, row, column, length, CHUNK, COLUMNS, WIDTH, TMA).to(ACC)
             if dots_out is not None:
                 own_features = featured(own_tile, row, column, length, CHUNK, COLUMNS, WIDTH, FEATURE_C)
                 own_features = operand(own_features, OPERAND).to(ACC)
                 dots = tl.sum(own_features * acc, 1)
-                store_row(dots_out, batch, head, heads, row, length, dots * scale, CHUNK)
+                store_numbers(dots_out, row, length, dots * scale, CHUNK)
                 if whole_out is not None:
                     dots += of_itself * tl.sum(own_features * c_tile.to(ACC), 1)
-                    store_row(whole_out, batch, head, heads, row, length, dots * scale, CHUNK)
+                    store_numbers(whole_out, row, length, dots * scale, CHUNK)
                 acc += of_itself[:, None] * c_tile.to(ACC)
         result = acc * scale
         if own is not None:
             if FEATURE_C != "identity":
                 result *= slope(own_tile, FEATURE_C)
         if target is not None:
-            result *= load_row(target, batch, head, heads, row, length, CHUNK, ACC)[:, None]
+            result *= load_numbers(target, row, length, CHUNK, ACC)[:, None]
         if skip is not None:
-            result += tl.load(skip + head).to(ACC) * c_tile.to(ACC)
-        store_tile(out, out_strides, batch, head, row, column, length, result, CHUNK, COLUMNS, WIDTH, TMA)
+            result += tl.load(skip).to(ACC) * c_tile.to(ACC)
+        store_placed(out, out_steps, row, column, length, result, CHUNK, COLUMNS, WIDTH, TMA)
 
         written = c_tile
         if DECAY != "none":
@@ -295,26 +309,21 @@ def scan(
                 state = tl.dot(tl.trans(b_tile), lost, state, input_precision=PRECISION, out_dtype=ACC)
 
     if meeting is not None:
-        places = state_places(meeting, meeting_strides, batch, head, 0, column, BLOCK_K, COLUMNS)
-        total = tl.sum(tl.sum(state * tl.load(places, mask=inside, other=0.0).to(ACC), 1), 0)
+        other = tl.load(places(meeting, meeting_steps, 0, column, BLOCK_K, COLUMNS), mask=inside, other=0.0).to(ACC)
+        total = tl.sum(tl.sum(state * other, 1), 0)
         if DELTA != "":
-            start = meeting + batch.to(tl.int64) * meeting_strides[0] + head.to(tl.int64) * meeting_strides[1]
-            places = start + columns * meeting_strides[3] + K * meeting_strides[2]
-            total += tl.sum(sums * tl.load(places, mask=columns < WIDTH, other=0.0).to(ACC), 0)
+            sums_places = meeting + columns * meeting_steps[1] + K * meeting_steps[0]
+            total += tl.sum(sums * tl.load(sums_places, mask=columns < WIDTH, other=0.0).to(ACC), 0)
         tl.store(met, total)
     if after is not None:
         if REVERSE:
             state *= scale
             if DELTA != "":
                 sums *= scale
-        tl.store(
-            state_places(after, after_strides, batch, head, 0, column, BLOCK_K, COLUMNS),
-            state.to(after.dtype.element_ty),
-            mask=inside,
-        )
-        start = after + batch.to(tl.int64) * after_strides[0] + head.to(tl.int64) * after_strides[1]
+        after_places = places(after, after_steps, 0, column, BLOCK_K, COLUMNS)
+        tl.store(after_places, state.to(after.dtype.element_ty), mask=inside)
         if NORMALISED:
             if column == 0:
-                tl.store(start + ks * after_strides[2] + WIDTH * after_strides[3], sums, mask=ks < K)
+                tl.store(after + ks * after_steps[0] + WIDTH * after_steps[1], sums, mask=ks < K)
         if DELTA != "":
-            tl.store(start + columns * after_strides[3] + K * after_strides[2], sums, mask=columns < WIDTH)
+            tl.store(after + columns * after_steps[1] + K * after_steps[0], sums, mask=columns < WIDTH)

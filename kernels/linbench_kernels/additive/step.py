@@ -39,6 +39,7 @@ def step_kernel(
     state_d,
     state_m,
     heads,
+    group,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -52,6 +53,7 @@ def step_kernel(
     """S ← a S + w φ(k)ᵀ v, o = scale · φ(q) S + skip · v, or divided by φ(q)·z when NORMALISED.
 
     Grid (B·H, blocks of value columns); when NORMALISED (B·H, 1), because all columns share z, which is updated.
+    ``group`` heads of v have one of q and k.
 
     Args:
         out: ``[B, H, M]``, contiguous.
@@ -61,8 +63,8 @@ def step_kernel(
     index = tl.program_id(0)
     batch, head = index // heads, index % heads
     ks = tl.arange(0, BLOCK_D)
-    query = load_vector(q, (q_b, q_h, q_d), batch, head, 0, D, BLOCK_D, ACC)
-    key = load_vector(k, (k_b, k_h, k_d), batch, head, 0, D, BLOCK_D, ACC)
+    query = load_vector(q, (q_b, q_h, q_d), batch, head // group, 0, D, BLOCK_D, ACC)
+    key = load_vector(k, (k_b, k_h, k_d), batch, head // group, 0, D, BLOCK_D, ACC)
     if FEATURE != "identity":
         query = tl.sum(featured(query[None, :], 0, 0, 1, 1, BLOCK_D, D, FEATURE), 0)
         key = tl.sum(featured(key[None, :], 0, 0, 1, 1, BLOCK_D, D, FEATURE), 0)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.spans import span
+
 
 @triton.jit(do_not_specialize=["length"])
 def decay_gradient_kernel(
@@ -12,41 +14,47 @@ def decay_gradient_kernel(
     k_weight,
     met,
     gradient,
+    cu_seqlens,
+    heads,
     length,
+    batches,
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """d(log decay)_t = Σ_{s≥t} (q_s·dq_s − k_s·dk_s) + ⟨S_N, dS_N⟩, exact in exact arithmetic.
 
     A log decay multiplies all that later tokens see of earlier ones; the sum of what the later ones see, less what
-    they say themselves, is that. Grid (B·H,).
+    they say themselves, is that. Grid (S·H,).
 
     Args:
-        q_dots: ``[BLOCKS, B·H, N]``, summed over the first; ``k_dots`` the same.
-        q_weight: ``[B·H, N]`` that the dots have yet to be multiplied by, or None; ``k_weight`` the same.
-        met: ⟨S_N, dS_N⟩, ``[BLOCKS, B·H]``, summed over the first, or None.
-        gradient: ``[B·H, N]``.
+        q_dots: ``[BLOCKS, B, H, N]``, summed over the first; ``k_dots`` the same.
+        q_weight: ``[B, H, N]`` that the dots have yet to be multiplied by, or None; ``k_weight`` the same.
+        met: ⟨S_N, dS_N⟩, ``[BLOCKS, S·H]``, summed over the first, or None.
+        gradient: ``[B, H, N]``.
+        batches: B.
     """
-    head = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(0)
+    _, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    number = (batch.to(tl.int64) * heads + head) * length + first
+    numbers = length.to(tl.int64) * heads * batches
     from_later = tl.zeros([1], dtype=tl.float64)
     if met is not None:
         for block in tl.static_range(BLOCKS):
-            from_later += tl.load(met + block * tl.num_programs(0) + head)
-    blocks = tl.cdiv(length, ROWS)
-    for index in range(0, blocks):
-        places = (blocks - 1 - index) * ROWS + tl.arange(0, ROWS)
-        inside = places < length
+            from_later += tl.load(met + block * tl.num_programs(0) + index)
+    blocks = tl.cdiv(tokens, ROWS)
+    for step in range(0, blocks):
+        rows = (blocks - 1 - step) * ROWS + tl.arange(0, ROWS)
+        inside = rows < tokens
         q_sum = tl.zeros([ROWS], dtype=tl.float64)
         k_sum = tl.zeros([ROWS], dtype=tl.float64)
         for block in tl.static_range(BLOCKS):
-            start = (block * tl.num_programs(0) + head) * length
-            q_sum += tl.load(q_dots + start + places, mask=inside, other=0.0)
-            k_sum += tl.load(k_dots + start + places, mask=inside, other=0.0)
+            q_sum += tl.load(q_dots + block * numbers + number + rows, mask=inside, other=0.0)
+            k_sum += tl.load(k_dots + block * numbers + number + rows, mask=inside, other=0.0)
         if q_weight is not None:
-            q_sum *= tl.load(q_weight + head * length + places, mask=inside, other=0.0)
+            q_sum *= tl.load(q_weight + number + rows, mask=inside, other=0.0)
         if k_weight is not None:
-            k_sum *= tl.load(k_weight + head * length + places, mask=inside, other=0.0)
+            k_sum *= tl.load(k_weight + number + rows, mask=inside, other=0.0)
         change = q_sum - k_sum
         total = tl.sum(change, 0)
-        tl.store(gradient + head * length + places, from_later + total - tl.cumsum(change, 0) + change, mask=inside)
+        tl.store(gradient + number + rows, from_later + total - tl.cumsum(change, 0) + change, mask=inside)
         from_later += total
