@@ -39,8 +39,8 @@ def calls(dtype: torch.dtype, width: int, with_bonus: bool) -> Iterator[Asked]:
 
         return Asked(MECHANISMS[with_bonus], pass_, wrapper, operands, gated=True, moved=moved)
 
-    yield asked("forward", launch.forward, q, k, v, rates, bonus, None, 0.125, False)
-    yield asked("backward", launch.backward, out_grad, None, q, k, v, rates, bonus, None, 0.125, True)
+    yield asked("forward", launch.forward, q, k, v, rates, bonus, None, None, 0.125, False)
+    yield asked("backward", launch.backward, out_grad, None, q, k, v, rates, bonus, None, None, 0.125, True)
     row = [x[:, :, 0] for x in (q, k, v)]
     yield asked("step", launch.step, *row, empty(BATCH, HEADS, width, width), rates[:, :, 0], bonus, 0.125)
 

@@ -44,8 +44,8 @@ def calls(dtype: torch.dtype, width: int, decay: bool) -> Iterator[Asked]:
         one_pass = pass_ != "backward"  # the states at the borders of chunks are stored: kernels/README.md says why
         return Asked((MECHANISMS[decay],), pass_, wrapper, operands, gated=decay, one_pass=one_pass, moved=moved)
 
-    yield asked("forward", launch.forward, q, k, v, beta, rates, None, 0.125, True, False, True)
-    yield asked("backward", launch.backward, out_grad, None, q, k, v, factors, beta, rates, None, 0.125)
+    yield asked("forward", launch.forward, q, k, v, beta, rates, None, None, 0.125, True, False, True)
+    yield asked("backward", launch.backward, out_grad, None, q, k, v, factors, beta, rates, None, None, 0.125)
     row = [x[:, :, 0] for x in (q, k, v, beta)]
     rate = None if rates is None else rates[:, :, 0]
     yield asked("step", launch.step, *row, empty(BATCH, HEADS, width, width), rate, 0.125, True)

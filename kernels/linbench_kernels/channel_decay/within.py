@@ -68,12 +68,14 @@ def meet(targets, sources, HALF: tl.constexpr, REVERSE: tl.constexpr):
 def product(left, right, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     """``left @ right`` of two tiles that are no operands yet; with SPLIT of what rounding takes of one of them too."""
     left_high, right_high = operand(left, OPERAND), operand(right, OPERAND)
-    found = tl.dot(left_high, right_high, input_precision=PRECISION, out_dtype=ACC)
     if SPLIT:
         lost = rest(left, left_high, OPERAND)
-        found = tl.dot(lost, right_high, found, input_precision=PRECISION, out_dtype=ACC)
+        found = tl.dot(lost, right_high, input_precision=PRECISION, out_dtype=ACC)
+        found = tl.dot(left_high, right_high, found, input_precision=PRECISION, out_dtype=ACC)
         lost = rest(right, right_high, OPERAND)
         found = tl.dot(left_high, lost, found, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        found = tl.dot(left_high, right_high, input_precision=PRECISION, out_dtype=ACC)
     return found
 
 
