@@ -25,6 +25,8 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

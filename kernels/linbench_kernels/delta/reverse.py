@@ -138,8 +138,8 @@ def reverse_kernel(
         residual = load_placed(residuals, residuals_steps, row, column, length, CHUNK, COLUMNS, M, TMA).to(ACC)
         solve = operand(load_placed(inverse, inverse_steps, row, 0, padded, CHUNK, CHUNK, CHUNK, TMA), OPERAND)
         weight = load_numbers(beta, row, length, CHUNK, ACC)
-        where = matrix_places(state_grads, slot + chunk, column, D, M, BLOCK_D, COLUMNS)
-        tl.store(where, stored(state_grad, state_grads.dtype.element_ty), mask=inside)
+        border = matrix_places(state_grads, slot + chunk, column, D, M, BLOCK_D, COLUMNS)
+        tl.store(border, stored(state_grad, state_grads.dtype.element_ty), mask=inside)
 
         corrections = tl.dot(keys, operand(state_grad, OPERAND), input_precision=PRECISION, out_dtype=ACC)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC)

@@ -73,8 +73,8 @@ def states_kernel(
         keys, of_keys = load_rows(k, (k_n, k_d), k_factors, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False)
         corrections = load_placed(residuals, residuals_steps, row, column, length, CHUNK, COLUMNS, M, False).to(ACC)
         weight = load_numbers(beta, row, length, CHUNK, ACC)
-        where = matrix_places(states, slot + chunk, column, D, M, BLOCK_D, COLUMNS)
-        tl.store(where, stored(state, states.dtype.element_ty), mask=inside)
+        border = matrix_places(states, slot + chunk, column, D, M, BLOCK_D, COLUMNS)
+        tl.store(border, stored(state, states.dtype.element_ty), mask=inside)
         weight *= of_keys
         if log_decay is not None:
             _, _, to_end, over_chunk = chunk_decays(log_decay, row, length, CHUNK, OPERAND, ACC)
