@@ -111,10 +111,6 @@ def scores_within(
     """
     tokens = tl.arange(0, CHUNK)
     targets, sources = tokens[None, :], tokens[:, None]
-    itself = a_tile.to(ACC) * b_tile.to(ACC)
-    if bonus is not None:
-        itself *= load_channels(bonus, head, 0, CHANNELS, WIDTH, ACC)[None, :]
-    of_itself = tl.sum(itself, 1)[None, :]
     mild = tl.min(sums, 1) >= MILD
     lift = lifting(sums, ACC)
     if REVERSE:
@@ -126,7 +122,7 @@ def scores_within(
         mild = mild[None, :] & (sources >= 0)
         WHOLE: tl.constexpr = SPLIT or OPERAND == "bf16"
         scores = product(b_tile.to(ACC) * lift, tl.trans(query_faded), OPERAND, ACC, PRECISION, WHOLE)
-    scores = tl.where(sources == targets, of_itself, tl.where(seen & mild, scores, 0.0))
+    scores = tl.where(seen & mild, scores, 0.0)
     if tl.min(tl.min(sums, 1), 0) < MILD:
         for level in tl.static_range(4):
             if 2**level < CHUNK:
@@ -134,7 +130,12 @@ def scores_within(
                 left, right = b_tile.to(ACC) * weight, a_tile.to(ACC) * weight
                 found = product(left, tl.trans(right), OPERAND, ACC, PRECISION, SPLIT)
                 scores = tl.where(meet(targets, sources, 2**level, REVERSE) & (mild == 0), found, scores)
-    return scores
+    # what a token has of itself comes last: before, all registers are taken
+    itself = a_tile.to(ACC) * b_tile.to(ACC)
+    if bonus is not None:
+        itself *= load_channels(bonus, head, 0, CHANNELS, WIDTH, ACC)[None, :]
+    of_itself = tl.sum(itself, 1)[None, :]
+    return tl.where(sources == targets, of_itself, scores)
 
 
 @triton.jit
