@@ -34,3 +34,11 @@ def architecture(index: int) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def multiprocessors(index: int) -> int:
+    """Of a device; 1 where there is none, which one program fills."""
+    if INTERPRETED or not torch.cuda.is_available():
+        return 1
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)

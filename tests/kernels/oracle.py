@@ -81,6 +81,8 @@ class Case:
     """Of the packed sequences."""
     size: float = 1.0
     """Standard deviation of q, k and v."""
+    fixed: tuple[str, ...] = ()
+    """Operands that have no gradient."""
     options: dict[str, Any] = field(default_factory=dict)
 
     def operands(self, device: torch.device) -> dict[str, Tensor]:
@@ -158,20 +160,21 @@ class Case:
 
 def errors(case: Case, device: torch.device) -> dict[str, float]:
     """Relative error of o, of the final state, and of every gradient through both, by name."""
-    given = {name: x.requires_grad_() for name, x in case.operands(device).items()}
-    exact = {name: x.detach().cpu().double().requires_grad_() for name, x in given.items()}
+    given = {name: x.requires_grad_(name not in case.fixed) for name, x in case.operands(device).items()}
+    exact = {name: x.detach().cpu().double().requires_grad_(x.requires_grad) for name, x in given.items()}
+    leaves = [name for name, x in given.items() if x.requires_grad]
     out, state = attention(**given, **case.settings, **case.packing(device), return_state=True)
     assert state is not None
     expected_out, expected_state = case.expected(exact)
     assert out.dtype == case.dtype
     generator = torch.Generator().manual_seed(4)
     toward = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, state)]
-    found = torch.autograd.grad([out, state], list(given.values()), [x.to(device) for x in toward])
+    found = torch.autograd.grad([out, state], [given[name] for name in leaves], [x.to(device) for x in toward])
     wide = [x.double() for x in toward]
-    expected = torch.autograd.grad([expected_out, expected_state], list(exact.values()), wide)
+    expected = torch.autograd.grad([expected_out, expected_state], [exact[name] for name in leaves], wide)
     joint = float(torch.stack([x.norm() for x in expected]).norm())
     results = {"o": relative(out, expected_out), "final state": relative(state, expected_state)}
-    for name, gradient, exact_gradient in zip(given, found, expected, strict=True):
+    for name, gradient, exact_gradient in zip(leaves, found, expected, strict=True):
         results[name] = relative(gradient, exact_gradient, at_least=NEGLIGIBLE * joint)
     return results
 

@@ -84,6 +84,14 @@ def test_a_decay_of_zero_forgets_everything(device: torch.device) -> None:
     assert relative(state, alone_state.cpu()) <= TOLERANCE[torch.float64]
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_decays_without_a_gradient(skip: bool, device: torch.device) -> None:
+    """Then dk and dv are made in one scan."""
+    case = Case(heads=4, groups=2, tokens=150, decay="token", skip=skip, dtype=torch.float64)
+    assert_agrees(dataclasses.replace(case, fixed=("log_decay",)), device)
+    assert_agrees(dataclasses.replace(case, fixed=("log_decay",), lengths=(70, 0, 65)), device)
+
+
 @pytest.mark.parametrize("decay", DECAYS)
 def test_weights_of_tokens_and_a_skip(decay: str, device: torch.device) -> None:
     assert_agrees(Case(decay=decay, entering=True, skip=True, dtype=torch.float64), device)

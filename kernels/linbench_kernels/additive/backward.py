@@ -8,12 +8,13 @@ decay, D = 128), and cost the gated ones so many registers that they spill.
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.keys_values import scan_keys_values
 from linbench_kernels.additive.scan import scan
 from linbench_kernels.additive.spans import span
 from linbench_kernels.additive.tiles import placed
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "segments"])
 def backward_kernel(
     q,
     k,
@@ -74,6 +75,7 @@ def backward_kernel(
     heads,
     group,
     length,
+    segments,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -91,22 +93,30 @@ def backward_kernel(
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
+    JOINT: tl.constexpr,
+    SEGMENTED: tl.constexpr,
 ):
-    """Grid (S·H · (2 · blocks of key columns + blocks of value columns),), see the table of ``scan``.
+    """Grid (S·H · segments · parts,), see the table of ``scan``: the blocks of columns of dq, of dk and of dv.
+
+    JOINT, one program makes dk and dv, all columns of them; without features, ``entering``, normaliser and dots.
+
+    SEGMENTED, ``before`` and ``after_grad`` are ``[segments, S, H, D, M]``, and ``before_grad`` is None.
 
     Args:
         q_grad: of every head of v, ``[B, H, N, D]``, as ``k_grad``, though ``group`` of them have one of q and k.
         reciprocals: of the divisors of the rows, ``[B, H, N]``; with ``delta`` = −⟨do, o⟩, when NORMALISED.
         q_dots: ``[blocks of key columns, B, H, N]`` or None, for the gradient of the decays; ``k_dots`` the same.
         weight_dots: the same, for the gradient of the weights with which tokens enter; with ``k_dots`` only.
-        met: ⟨S_N, dS_N⟩ as ``[blocks of key columns, S·H]``, or None.
+        met: ⟨S, dS⟩ at the ends of segments, as ``[blocks of key columns, S·H, segments]``, or None.
     """
     KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
-    PARTS: tl.constexpr = 2 * KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
+    PARTS: tl.constexpr = KEY_BLOCKS + 1 if JOINT else 2 * KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
     part, index = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
-    sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    segment, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, segments, CHUNK, SEGMENTED)
     number = (batch.to(tl.int64) * heads + head) * length + first
     programs = (tl.num_programs(0) // PARTS).to(tl.int64)
+    if SEGMENTED:
+        programs = programs // segments
     numbers = programs * length
     if cu_seqlens is not None:
         numbers = length.to(tl.int64) * heads
@@ -131,8 +141,12 @@ def backward_kernel(
         delta += number
     if before is not None:
         before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
+        if SEGMENTED:
+            before += segment * programs * (D * EXTENDED)
     if after_grad is not None:
         after_grad += sequence.to(tl.int64) * after_grad_b + head.to(tl.int64) * after_grad_h
+        if SEGMENTED:
+            after_grad += segment * programs * (D * EXTENDED)
     if before_grad is not None:
         before_grad += index.to(tl.int64) * (D * EXTENDED)
     if part < KEY_BLOCKS:
@@ -143,7 +157,7 @@ def backward_kernel(
         if met is None:
             meeting = None
         else:
-            met_place += part * programs + index
+            met_place += part * (tl.num_programs(0) // PARTS) + tl.program_id(0) // PARTS
         scan(
             out_grad,
             out_grad_steps,
@@ -189,6 +203,39 @@ def backward_kernel(
             ACC,
             PRECISION,
             SPLIT,
+            TMA,
+        )
+    elif JOINT:
+        scan_keys_values(
+            q,
+            q_steps,
+            k,
+            k_steps,
+            v,
+            v_steps,
+            out_grad,
+            out_grad_steps,
+            placed(k_grad, (k_grad_b, k_grad_h, k_grad_n), batch, head, first),
+            (k_grad_n, k_grad_d),
+            placed(v_grad, (v_grad_b, v_grad_h, v_grad_n), batch, head, first),
+            (v_grad_n, v_grad_d),
+            log_decay,
+            skip,
+            after_grad,
+            (after_grad_d, after_grad_m),
+            before_grad,
+            tokens,
+            scale,
+            D,
+            M,
+            BLOCK_D,
+            BLOCK_M,
+            CHUNK,
+            STAGES,
+            DECAY,
+            OPERAND,
+            ACC,
+            PRECISION,
             TMA,
         )
     elif part < 2 * KEY_BLOCKS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,16 @@ class Config:
     """Copies by descriptor where the tensors allow it: see :func:`~linbench_kernels.additive.tiles.described`."""
 
 
+@dataclass(frozen=True)
+class Plan(Config):
+    """A configuration, and how a call is spread over the device."""
+
+    joint: bool = False
+    """dk and dv in one scan, which needs the whole state in one program: see :func:`joint`."""
+    segments: int = 1
+    """Of every sequence, at a time: see :func:`filled`."""
+
+
 def block(width: int) -> int:
     """The power of two that holds a width, 16 at least, as products of tiles ask for."""
     return int(max(16, triton.next_power_of_2(width)))
@@ -81,7 +92,7 @@ class Task:
     value_dim: int
     decay: str
     extra: bool
-    """Features, weights of tokens or a gradient of the decays: what is computed for every number of a tile."""
+    """Features, a normaliser, weights of tokens or a gradient of the decays: more than products and decays."""
     aligned: bool
     """Whether descriptors can describe q, k, v and what goes with them."""
 
@@ -140,3 +151,56 @@ def _wide_operands(task: Task, width: int) -> Config:
     if task.operand_bytes == 8:
         return Config(chunk=16, columns=16, warps=8, stages=1)
     return Config(chunk=32, columns=32 if width <= 128 else 16, warps=8, stages=2)
+
+
+NARROWEST = 32
+"""Columns of a block that is made narrower for the sake of more programs."""
+CHUNKS_OF_A_SEGMENT = 4
+"""At least: every segment reads a state before them."""
+
+
+def joint(task: Task) -> bool:
+    """Whether dk and dv are made in one scan: 10 U in all for 12, where a whole state leaves registers enough.
+
+    Decays at a width of 128 would spill 156 bytes, and with a gradient of theirs 1,392.
+    """
+    width = max(block(task.key_dim), block(task.value_dim))
+    if task.pass_ == "forward" or task.extra or width > (128 if task.decay == "none" else 64):
+        return False
+    return task.arch == "interpreter" or (task.arch == "sm_90" and task.operand_bytes == 2 and task.aligned)
+
+
+def parts(plan: Plan, task: Task) -> int:
+    """Programs of a head of one segment: blocks of columns of every scan."""
+    keys, values = (triton.cdiv(width, min(plan.columns, block(width))) for width in (task.key_dim, task.value_dim))
+    if task.pass_ == "forward":
+        return int(values)
+    return int(keys + 1 if plan.joint else 2 * keys + values)
+
+
+@functools.cache
+def filled(chosen: Config, task: Task, heads: int, length: int, multiprocessors: int) -> Plan:
+    """The configuration of a task where ``heads`` = S·H alone may leave a part of the device idle.
+
+    The device counts as full when programs are ten for every eleven multiprocessors (120 of 132). Heads enough for that
+    are left as they are. Fewer get scans of their own for dk and dv and narrower blocks of columns, down to 32, which
+    multiply the same scores more often but read nothing twice: what they share they find in the cache. Where more than
+    half of the device would be idle all the same, sequences are cut in segments of four chunks or more, which begin with
+    reading k and v once more.
+
+    Args:
+        length: tokens of a sequence, on average where they are packed.
+    """
+    plan = Plan(**vars(chosen), joint=joint(task))
+    full = triton.cdiv(multiprocessors * 10, 11)
+    if heads == 0 or heads >= full:
+        return plan
+    if heads * parts(plan, task) < full:
+        plan = dataclasses.replace(plan, joint=False)
+    while heads * parts(plan, task) < full and plan.columns > NARROWEST:
+        plan = dataclasses.replace(plan, columns=plan.columns // 2)
+    programs = heads * parts(plan, task)
+    if 2 * programs >= full:
+        return plan
+    segments = min(triton.cdiv(full, programs), length // (CHUNKS_OF_A_SEGMENT * plan.chunk))
+    return dataclasses.replace(plan, segments=max(segments, 1))

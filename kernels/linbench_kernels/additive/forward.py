@@ -8,7 +8,7 @@ from linbench_kernels.additive.spans import span
 from linbench_kernels.additive.tiles import placed
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "segments"])
 def forward_kernel(
     q,
     k,
@@ -44,6 +44,7 @@ def forward_kernel(
     heads,
     group,
     length,
+    segments,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -58,14 +59,16 @@ def forward_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SEGMENTED: tl.constexpr,
 ):
-    """Grid (S·H · blocks of value columns,), the blocks of a head side by side, where they share q and k in the cache.
+    """Grid (S·H · segments · blocks of value columns,), blocks side by side, where they share q and k in the cache.
 
     Tensors are those of :func:`linbench_kernels.additive.attention`; ``group`` heads of v have one of q and k.
+    SEGMENTED, every sequence is ``segments`` of them, ``before`` is ``[segments, S, H, D, M]`` and ``after`` None.
     """
     BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    segment, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, segments, CHUNK, SEGMENTED)
     number = (batch.to(tl.int64) * heads + head) * length + first
     EXTENDED: tl.constexpr = M + 1 if NORMALISED else M
     if DECAY == "token":
@@ -80,6 +83,8 @@ def forward_kernel(
         skip += head
     if before is not None:
         before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
+        if SEGMENTED:
+            before += segment.to(tl.int64) * (tl.num_programs(0) // (BLOCKS * segments)) * (D * EXTENDED)
     if after is not None:
         after += index.to(tl.int64) * (D * EXTENDED)
     scan(

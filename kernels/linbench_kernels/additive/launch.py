@@ -9,12 +9,23 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.backward import backward_kernel
-from linbench_kernels.additive.configs import Arithmetic, Task, arithmetic, block, config, precise_arithmetic
+from linbench_kernels.additive.configs import (
+    Arithmetic,
+    Plan,
+    Task,
+    arithmetic,
+    block,
+    config,
+    filled,
+    parts,
+    precise_arithmetic,
+)
 from linbench_kernels.additive.forward import forward_kernel
 from linbench_kernels.additive.rows import row_dots_kernel
+from linbench_kernels.additive.segments import Segments, borders
 from linbench_kernels.additive.step import step_kernel
 from linbench_kernels.additive.totals import decay_gradient_kernel
-from linbench_kernels.device import architecture
+from linbench_kernels.device import architecture, multiprocessors
 
 NO_STRIDES = (0, 0, 0, 0)
 
@@ -32,6 +43,11 @@ def small(x: Tensor | None) -> Tensor | None:
 def arch_of(x: Tensor) -> str:
     """The architecture that a tensor lives on."""
     return architecture(x.device.index or 0)
+
+
+def multiprocessors_of(x: Tensor) -> int:
+    """Those of the device that a tensor lives on."""
+    return multiprocessors(x.device.index or 0)
 
 
 def forward(
@@ -60,45 +76,53 @@ def forward(
     divisors = q.new_empty(batch, heads, length, dtype=numbers.state) if normalised else None
     kind = decay_kind(log_decay)
     tiles = (q, k, v, out)
-    extra = entering is not None or feature != "identity"
-    chosen = config(task("forward", arch, numbers, key_dim, value_dim, kind, extra, tiles))
-    columns = min(chosen.columns, block(value_dim))
-    if chosen.tma:
+    extra = entering is not None or feature != "identity" or normalised
+    what = task("forward", arch, numbers, key_dim, value_dim, kind, extra, tiles)
+    plan = spread(what, v, sequences)
+    columns = min(plan.columns, block(value_dim))
+    log_decay, entering, cu_seqlens = small(log_decay), small(entering), small(cu_seqlens)
+    if plan.tma:
         triton.set_allocator(scratch)
+    before, after = initial_state, state
+    if plan.segments > 1:
+        segments = Segments(plan, numbers, kind, feature, normalised, False, cu_seqlens)
+        before, after = borders(segments, k, v, log_decay, entering, None, 1.0, initial_state, state), None
     if sequences * heads > 0:
-        forward_kernel[(sequences * heads * triton.cdiv(value_dim, columns),)](
+        forward_kernel[(sequences * heads * plan.segments * triton.cdiv(value_dim, columns),)](
             q,
             k,
             v,
             out,
-            small(log_decay),
-            small(entering),
+            log_decay,
+            entering,
             small(skip),
             divisors,
-            initial_state,
-            state,
-            small(cu_seqlens),
+            before,
+            after,
+            cu_seqlens,
             *q.stride(),
             *k.stride(),
             *v.stride(),
             *out.stride(),
-            *strides(initial_state),
+            *strides(before),
             heads,
             heads // q.shape[1],
             length,
+            plan.segments,
             scale=scale,
             D=key_dim,
             M=value_dim,
             BLOCK_D=block(key_dim),
             COLUMNS=columns,
-            CHUNK=chosen.chunk,
-            STAGES=chosen.stages,
+            CHUNK=plan.chunk,
+            STAGES=plan.stages,
             DECAY=kind,
             FEATURE=feature,
             NORMALISED=normalised,
             **products(numbers),
-            TMA=chosen.tma,
-            num_warps=chosen.warps,
+            TMA=plan.tma,
+            SEGMENTED=plan.segments > 1,
+            num_warps=plan.warps,
         )
     return out, q.new_empty(0) if state is None else state, q.new_empty(0) if divisors is None else divisors
 
@@ -136,20 +160,21 @@ def backward(
     entering, skip, log_decay, cu_seqlens = (small(x) for x in (entering, skip, log_decay, cu_seqlens))
     q_grad, k_grad, v_grad = of_every_head(q, heads), of_every_head(k, heads), torch.empty_like(v)
     tiles = (q, k, v, out_grad, q_grad, k_grad, v_grad)
-    extra = decay_grad or entering is not None or feature != "identity"
-    chosen = config(task("backward", arch, numbers, key_dim, value_dim, kind, extra, tiles))
-    columns_d, columns_m = (min(chosen.columns, block(width)) for width in (key_dim, value_dim))
-    key_blocks, value_blocks = triton.cdiv(key_dim, columns_d), triton.cdiv(value_dim, columns_m)
+    extra = decay_grad or entering is not None or feature != "identity" or normalised
+    what = task("backward", arch, numbers, key_dim, value_dim, kind, extra, tiles)
+    plan = spread(what, v, sequences)
+    columns_d, columns_m = (min(plan.columns, block(width)) for width in (key_dim, value_dim))
+    key_blocks = triton.cdiv(key_dim, columns_d)
 
-    def per_token(*parts: int) -> Tensor:
-        return q.new_empty(*parts, batch, heads, length, dtype=numbers.state)
+    def per_token(blocks: int) -> Tensor:
+        return q.new_empty(blocks, batch, heads, length, dtype=numbers.state)
 
     q_dots = per_token(key_blocks) if decay_grad else None
     k_dots = per_token(key_blocks) if decay_grad or entering is not None else None
     weight_dots = per_token(key_blocks) if entering is not None else None
     met = None
     if decay_grad and state_grad is not None:
-        met = q.new_empty(key_blocks, sequences * heads, dtype=numbers.state)
+        met = q.new_empty(key_blocks, sequences * heads, plan.segments, dtype=numbers.state)
     before_grad = None
     if initial_state is not None:
         before_grad = q.new_empty(initial_state.shape, dtype=numbers.state)
@@ -157,10 +182,18 @@ def backward(
     if normalised and out is not None and divisors is not None:
         reciprocals = torch.where(divisors == 0, 1.0, divisors).reciprocal()
         delta = row_dots(out, out_grad, numbers)
-    if chosen.tma:
+    if plan.tma:
         triton.set_allocator(scratch)
+    before, after_grad, before_grad_out = initial_state, state_grad, before_grad
+    split = decay_grad and q.dtype is torch.bfloat16
+    if plan.segments > 1:
+        segments = Segments(plan, numbers, kind, feature, normalised, split, cu_seqlens)
+        before = borders(segments, k, v, log_decay, entering, None, 1.0, initial_state, None)
+        terms = (log_decay, reciprocals, delta, scale)
+        after_grad = borders(segments, q, out_grad, *terms, state_grad, before_grad, reverse=True)
+        before_grad_out = None
     if sequences * heads > 0:
-        backward_kernel[(sequences * heads * (2 * key_blocks + value_blocks),)](
+        backward_kernel[(sequences * heads * plan.segments * parts(plan, what),)](
             q,
             k,
             v,
@@ -176,9 +209,9 @@ def backward(
             q_dots,
             k_dots,
             weight_dots,
-            initial_state,
-            state_grad,
-            before_grad,
+            before,
+            after_grad,
+            before_grad_out,
             met,
             cu_seqlens,
             *q.stride(),
@@ -188,11 +221,12 @@ def backward(
             *q_grad.stride(),
             *k_grad.stride(),
             *v_grad.stride(),
-            *strides(initial_state),
-            *strides(state_grad),
+            *strides(before),
+            *strides(after_grad),
             heads,
             heads // q.shape[1],
             length,
+            plan.segments,
             scale=scale,
             D=key_dim,
             M=value_dim,
@@ -200,19 +234,21 @@ def backward(
             BLOCK_M=block(value_dim),
             COLUMNS_D=columns_d,
             COLUMNS_M=columns_m,
-            CHUNK=chosen.chunk,
-            STAGES=chosen.stages,
+            CHUNK=plan.chunk,
+            STAGES=plan.stages,
             DECAY=kind,
             FEATURE=feature,
             NORMALISED=normalised,
             **products(numbers),
-            SPLIT=decay_grad and q.dtype is torch.bfloat16,
-            TMA=chosen.tma,
-            num_warps=chosen.warps,
+            SPLIT=split,
+            TMA=plan.tma,
+            JOINT=plan.joint,
+            SEGMENTED=plan.segments > 1,
+            num_warps=plan.warps,
         )
     log_decay_grad, entering_grad, skip_grad, state_result = (q.new_empty(0) for _ in range(4))
     if decay_grad and log_decay is not None and q_dots is not None and k_dots is not None:
-        log_decay_grad = decay_gradient(q_dots, k_dots, reciprocals, entering, met, cu_seqlens)
+        log_decay_grad = decay_gradient(q_dots, k_dots, reciprocals, entering, last_met(met), cu_seqlens)
         if kind == "head":
             log_decay_grad = log_decay_grad.sum((0, 2))
         log_decay_grad = log_decay_grad.to(log_decay.dtype)
@@ -242,6 +278,11 @@ def of_groups(gradient: Tensor, x: Tensor) -> Tensor:
     if gradient.shape[1] == groups:
         return gradient
     return torch.sum(gradient.view(batch, groups, -1, length, width), 2, out=torch.empty_like(x))
+
+
+def last_met(met: Tensor | None) -> Tensor | None:
+    """⟨S_N, dS_N⟩ from what was met at the end of every segment."""
+    return None if met is None else met[..., -1].contiguous()
 
 
 def row_dots(out: Tensor, out_grad: Tensor, numbers: Arithmetic) -> Tensor:
@@ -359,6 +400,12 @@ def task(
     return Task(pass_, arch, operand_bytes, key_dim, value_dim, decay, extra, aligned)
 
 
+def spread(what: Task, v: Tensor, sequences: int) -> Plan:
+    """The configuration of a call for its device."""
+    length = v.shape[0] * v.shape[2] // max(sequences, 1)
+    return filled(config(what), what, sequences * v.shape[1], length, multiprocessors_of(v))
+
+
 def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Where a kernel writes its descriptors; Triton asks for it at every launch, in the thread that launches."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
@@ -377,8 +424,8 @@ def sequences_of(v: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def strides(x: Tensor | None) -> tuple[int, ...]:
-    """The strides of a state; zeros for none."""
-    return NO_STRIDES if x is None else x.stride()
+    """The strides of a state, or of one of many; zeros for none."""
+    return NO_STRIDES if x is None else x.stride()[-4:]
 
 
 def products(numbers: Arithmetic) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def decay_gradient_kernel(
         batches: B.
     """
     index = tl.program_id(0)
-    _, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    _, _, batch, head, first, tokens = span(index, cu_seqlens, heads, length, 1, ROWS, False)
     number = (batch.to(tl.int64) * heads + head) * length + first
     numbers = length.to(tl.int64) * heads * batches
     from_later = tl.zeros([1], dtype=tl.float64)
