@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import re
 import subprocess
 import tempfile
@@ -22,6 +25,8 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -63,6 +68,8 @@ class Binary:
     instructions: int
     in_loop: dict[str, int]
     """Of the longest loop by class, and ``all``."""
+    products: int
+    """Products of tiles that the source asks for."""
     tensor_core_instructions: int
     serialised_wgmma: int | None
     """Warnings C7510 to C7515 of ptxas; None where there is no ptxas."""
@@ -74,10 +81,15 @@ def compiled(launch: Launch, arch: str) -> Binary:
     Raises:
         Exception: whatever Triton or its assembler says.
     """
-    made = triton.compile(_source(launch), target=TARGETS[arch], options=_options(launch))
+    said = io.StringIO()
+    knobs = triton.knobs
+    with contextlib.redirect_stdout(said), knobs.compilation.scope(), knobs.nvidia.scope():
+        knobs.compilation.always_compile = True  # what is found in the cache has no log
+        knobs.nvidia.dump_ptxas_log = True
+        made = triton.compile(_source(launch), target=TARGETS[arch], options=_options(launch))
     if arch.startswith("gfx"):
         return _amd(made)
-    return _nvidia(made)
+    return _nvidia(made, said.getvalue())
 
 
 def _options(launch: Launch) -> dict[str, Any]:
@@ -105,16 +117,16 @@ def _source(launch: Launch) -> Any:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def _nvidia(made: Any) -> Binary:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
-        cubin.write_bytes(made.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", str(cubin))
-        listing = _run("cuobjdump", "-sass", str(cubin))
-        ptx.write_text(made.asm["ptx"])
-        said = _assembled(ptx, cubin)
-    registers, stack = (int(_found(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
+def _nvidia(made: Any, said: str) -> Binary:
+    """``said``: the log of the assembler."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(made.asm["cubin"])
+        cubin.flush()
+        listing = _run("cuobjdump", "-res-usage", "-sass", cubin.name)
+    registers, stack = (int(_found(rf"{name}:(\d+)", listing)) for name in ("REG", "STACK"))
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    if not spills:
+        raise ValueError("the assembler said nothing of spills")
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*)", listing)
     addresses = [int(address, 16) for address, _, _ in lines]
     names = [name for _, name, _ in lines]
@@ -131,18 +143,10 @@ def _nvidia(made: Any) -> Binary:
         shared_bytes=made.metadata.shared,
         instructions=len(names),
         in_loop=_classes(inside),
+        products=_products(made),
         tensor_core_instructions=_classes(names)["tensor_core"],
         serialised_wgmma=len(re.findall(r"C75(?:1[0-5])", said)),
     )
-
-
-def _assembled(ptx: Path, cubin: Path) -> str:
-    """What the assembler says of a kernel: the first of those that Triton brings that takes its version of PTX."""
-    text = ptx.read_text()
-    version = float(_found(r"\.version (\d+\.\d+)", text))
-    newer = version >= 9 or ".target sm_100" in text  # CUDA 13, which Triton 3.9 uses for all, and others for Blackwell
-    target = _found(r"\.target (sm_\w+)", text)
-    return _run("ptxas-blackwell" if newer else "ptxas", "-v", f"--gpu-name={target}", str(ptx), "-o", str(cubin))
 
 
 def _amd(made: Any) -> Binary:
@@ -168,9 +172,14 @@ def _amd(made: Any) -> Binary:
         shared_bytes=made.metadata.shared,
         instructions=len(names),
         in_loop=_classes(inside),
+        products=_products(made),
         tensor_core_instructions=_classes(names)["tensor_core"],
         serialised_wgmma=None,
     )
+
+
+def _products(made: Any) -> int:
+    return len(re.findall(r"\btt\.dot\b", made.asm["ttir"]))
 
 
 def ctas_per_multiprocessor(binary: Binary, arch: str, warps: int) -> int:
@@ -203,6 +212,16 @@ def _classes(names: list[str]) -> dict[str, int]:
     for name in names:
         counts[next((label for label, pattern in CLASSES.items() if re.match(pattern, name)), "other")] += 1
     return {"all": len(names), **{label: counts[label] for label in CLASSES}}
+
+
+@functools.cache
+def assembler(arch: str) -> str | None:
+    """The version of ptxas that Triton brings for an architecture of NVIDIA's."""
+    if arch.startswith("gfx"):
+        return None
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    name = "ptxas-blackwell" if arch == "sm_100" or version >= (3, 9) else "ptxas"
+    return _run(name, "--version").strip().splitlines()[-2].rpartition("V")[2]
 
 
 def tools() -> Path:

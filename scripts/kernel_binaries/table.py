@@ -9,8 +9,10 @@ HEAD = """# What the kernels cost by their binaries
 Made by `scripts/kernel_costs` on a machine without a GPU. Nothing here is a measured time.
 The JSON file beside this has more: every class of instruction, the intermediates in bytes.
 
+- **kernel**: its family, its name, and the pass that launches it where that is not its name.
 - **tile**: tokens of a chunk × columns of a program, warps, chunks loaded ahead, and how: `tma` or by pointers.
-- **spill**: bytes per thread that are stored and loaded because registers ran out; 0 is the budget for bf16 up to 128.
+- **spill**: bytes per thread that are stored and loaded because registers ran out. The budget is that of sm_90 in bf16
+  up to 128: 0, and 256 in the backward where decays are data.
 - **CTA**: programs that fit one multiprocessor by registers, shared memory and threads.
 - **serialised**: warnings of ptxas that products wait for each other (C7510 to C7515); 0 is the budget.
 - **in the loop**: instructions of the longest innermost loop: all, on tensor cores (`mma`), asynchronous loads, shared
@@ -21,8 +23,8 @@ The JSON file beside this has more: every class of instruction, the intermediate
 
 """
 COLUMNS = (
-    "mechanism",
-    "pass",
+    "mechanisms",
+    "kernel",
     "dtype",
     "D = M",
     "tile",
@@ -62,7 +64,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     shared = loop["load_shared"] + loop["store_shared"]
     known = [
         ", ".join(row["mechanisms"]),
-        row["kernel"] if row["kernel"] == row["pass"] else f"{row['pass']}: {row['kernel']}",
+        row["kernel"] if row["kernel"].endswith(f".{row['pass']}") else f"{row['kernel']} ({row['pass']})",
         row["dtype"],
         row["key_dim"],
         tile(row["config"]),
@@ -85,11 +87,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def tile(config: dict[str, Any]) -> str:
-    """A configuration in a word."""
-    if "chunk" not in config:
-        return f"{config['warps']}w"
-    copies = " tma" if config["tma"] else ""
-    return f"{config['chunk']}×{config['columns']} {config['warps']}w {config['stages']}s{copies}"
+    """A configuration in a word: what of it a kernel has."""
+    sides = [str(config[side]) for side in ("chunk", "rows", "columns") if side in config]
+    stages = [f"{config['stages']}s"] if "stages" in config else []
+    copies = ["tma"] if config.get("tma") else []
+    return " ".join([*(["×".join(sides)] if sides else []), f"{config['warps']}w", *stages, *copies])
 
 
 def name(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from linbench_kernels.channel_decay import attention
 from oracle import relative
+from packing import apart, borders
 from torch import Tensor
 
 NEGLIGIBLE = 0.01
@@ -42,7 +43,11 @@ class Case:
 
     batch: int = 1
     heads: int = 2
+    groups: int = 0
+    """Heads of q and k; as many as of v when 0."""
     tokens: int = 35
+    lengths: tuple[int, ...] = ()
+    """Of packed sequences, in place of ``tokens``; none are packed when empty."""
     key_dim: int = 12
     value_dim: int = 20
     dtype: torch.dtype = torch.float32
@@ -63,9 +68,10 @@ class Case:
         def normal(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-        tokens = (self.batch, self.heads, self.tokens)
-        x = {"q": normal(*tokens, self.key_dim) * self.key_dim**-0.5}
-        x["k"] = normal(*tokens, self.key_dim) * self.size
+        tokens = (self.batch, self.heads, sum(self.lengths) or self.tokens)
+        keys = (self.batch, self.groups or self.heads, tokens[-1], self.key_dim)
+        x = {"q": normal(*keys) * self.key_dim**-0.5}
+        x["k"] = normal(*keys) * self.size
         x["v"] = normal(*tokens, self.value_dim) * self.size
         rates = torch.rand(*tokens, self.key_dim, generator=generator, dtype=torch.float64) * 2 * self.strength
         x["log_decay"] = (-rates).to(device, precise)
@@ -73,7 +79,8 @@ class Case:
         if self.bonus:
             x["bonus"] = normal(self.heads, self.key_dim, dtype=precise)
         if self.initial:
-            x["initial_state"] = normal(self.batch, self.heads, self.key_dim, self.value_dim, dtype=precise)
+            sequences = len(self.lengths) or self.batch
+            x["initial_state"] = normal(sequences, self.heads, self.key_dim, self.value_dim, dtype=precise)
         return x
 
     def laid_out(self, x: Tensor) -> Tensor:
@@ -88,14 +95,14 @@ class Case:
         return x
 
 
-def errors(operands: dict[str, Tensor], scale: float = 0.3) -> dict[str, float]:
+def errors(operands: dict[str, Tensor], scale: float = 0.3, lengths: tuple[int, ...] = ()) -> dict[str, float]:
     """Relative error of o, of the final state, and of every gradient through both, by name."""
     given = {name: x.requires_grad_() for name, x in operands.items()}
     exact = {name: x.detach().cpu().double().requires_grad_() for name, x in given.items()}
-    out, state = attention(**given, scale=scale, return_state=True)
+    out, state = attention(**given, **borders(lengths, given["v"].device), scale=scale, return_state=True)
     assert state is not None
     assert out.dtype == given["v"].dtype
-    expected_out, expected_state = recurrence(**exact, scale=scale)
+    expected_out, expected_state = apart(recurrence, exact, lengths, scale=scale)
     generator = torch.Generator().manual_seed(4)
     toward = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, state)]
     found = torch.autograd.grad([out, state], list(given.values()), [x.to(out.device) for x in toward])
@@ -111,5 +118,5 @@ def errors(operands: dict[str, Tensor], scale: float = 0.3) -> dict[str, float]:
 
 def over(case: Case, device: torch.device, tolerance: float, **changed: Any) -> dict[str, float]:
     """What of a case is off by more than the tolerance; ``changed`` operands take the place of those drawn."""
-    found = errors(case.operands(device) | changed, case.scale)
+    found = errors(case.operands(device) | changed, case.scale, case.lengths)
     return {name: error for name, error in found.items() if not error <= tolerance}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from linbench_kernels.delta import attention
 from oracle import NEGLIGIBLE, Case, relative
+from packing import apart, borders
 from torch import Tensor
 
 
@@ -49,7 +50,7 @@ class DeltaCase(Case):
         """The tensors by name; β in fp32."""
         x = super().operands(device)
         generator = torch.Generator().manual_seed(5)
-        beta = torch.rand(self.batch, self.heads, self.tokens, generator=generator, dtype=torch.float64)
+        beta = torch.rand(x["v"].shape[:-1], generator=generator, dtype=torch.float64)
         precise = torch.promote_types(self.dtype, torch.float32)
         x["beta"] = (beta * self.strongest).to(device, precise)
         if not self.unit:
@@ -61,10 +62,10 @@ def delta_errors(case: DeltaCase, device: torch.device) -> dict[str, float]:
     """Relative error of o, of the final state, and of every gradient through both, by name."""
     given = {name: x.requires_grad_() for name, x in case.operands(device).items()}
     exact = {name: x.detach().cpu().double().requires_grad_() for name, x in given.items()}
-    out, state = attention(**given, scale=0.3, unit=case.unit, return_state=True)
+    out, state = attention(**given, **borders(case.lengths, device), scale=0.3, unit=case.unit, return_state=True)
     assert state is not None
     assert out.dtype == case.dtype
-    expected_out, expected_state = delta_rule(**exact, scale=0.3, unit=case.unit)
+    expected_out, expected_state = apart(delta_rule, exact, case.lengths, scale=0.3, unit=case.unit)
     generator = torch.Generator().manual_seed(4)
     toward = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, state)]
     found = torch.autograd.grad([out, state], list(given.values()), [x.to(device) for x in toward])

@@ -12,6 +12,7 @@ from linbench_kernels.channel_decay.operator import attention_op, step_op
 from linbench_kernels.channel_decay.within import MILD as MILD_CONSTEXPR
 from linbench_kernels.device import INTERPRETED
 from oracle import relative
+from packing import apart
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """fp32 and fp64: rounding of sums of some hundred terms. bf16 and fp16: a few units in the last place."""
@@ -71,6 +72,40 @@ def test_results_have_the_layout_of_what_they_belong_to(device: torch.device) ->
     gradients = torch.autograd.grad(out.sum(), list(x.values()))
     for given, found in zip((x["v"], *x.values()), (out, *gradients), strict=True):
         assert found.stride() == given.stride()
+
+
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_packed_sequences_and_shared_heads(dtype: torch.dtype, bonus: bool, device: torch.device) -> None:
+    """Sequences without a token and with a single one are among them, and one that ends where a chunk does."""
+    case = Case(heads=4, groups=2, lengths=(17, 0, 1, 16, 0), key_dim=7, value_dim=9, bonus=bonus, dtype=dtype)
+    assert over(case, device, TOLERANCE[dtype]) == {}
+
+
+@pytest.mark.parametrize("layout", ["BNH", "slice"])
+def test_heads_are_shared_in_any_strides(layout: str, device: torch.device) -> None:
+    case = Case(batch=2, heads=3, groups=1, tokens=19, key_dim=6, value_dim=5, layout=layout, initial=False)
+    assert over(case, device, TOLERANCE[torch.float32]) == {}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="there the default is what the device has")
+def test_packed_sequences_by_descriptor(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile ends with its sequence, and not with the tensor."""
+    monkeypatch.setattr(launch, "arch_of", lambda _: "sm_90")
+    case = Case(heads=2, groups=1, lengths=(5, 0, 20), key_dim=32, value_dim=16, dtype=torch.bfloat16, layout="BNH")
+    assert over(case, device, TOLERANCE[torch.bfloat16]) == {}
+
+
+def test_a_packed_sequence_is_the_sequence_alone(device: torch.device) -> None:
+    x = Case(heads=1, tokens=40, initial=False).operands(device)
+    borders = torch.tensor([0, 23, 40], device=device)
+    packed, states = attention(**x, cu_seqlens=borders, return_state=True)
+    for number, part in enumerate((slice(0, 23), slice(23, 40))):
+        alone, state = attention(**{name: tensor[:, :, part] for name, tensor in x.items()}, return_state=True)
+        assert torch.equal(packed[:, :, part], alone)
+        assert states is not None
+        assert state is not None
+        assert torch.equal(states[number], state[0])
 
 
 def test_a_decay_that_is_expanded_and_one_in_low_precision(device: torch.device) -> None:
@@ -221,13 +256,14 @@ def test_long_sequences(bonus: bool, device: torch.device) -> None:
     assert over(case, device, TOLERANCE[torch.float32]) == {}
 
 
-@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize(("groups", "bonus"), [(0, False), (0, True), (2, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_are_the_recurrence(dtype: torch.dtype, bonus: bool, device: torch.device) -> None:
-    case = Case(tokens=6, key_dim=70, value_dim=40, bonus=bonus, dtype=dtype, layout="BNH", batch=2)
+def test_steps_are_the_recurrence(dtype: torch.dtype, groups: int, bonus: bool, device: torch.device) -> None:
+    sizes = {"batch": 2, "heads": 4, "groups": groups, "key_dim": 70, "value_dim": 40}
+    case = Case(tokens=6, bonus=bonus, dtype=dtype, layout="BNH", **sizes)
     x = case.operands(device)
     x["log_decay"][:, :, 3, :9] = -torch.inf
-    expected, expected_state = recurrence(**{n: t.cpu().double() for n, t in x.items()}, scale=0.3)
+    expected, expected_state = apart(recurrence, {n: t.cpu().double() for n, t in x.items()}, (), scale=0.3)
     state = x.pop("initial_state")
     rows = [
         step(**{n: t if t.ndim == 2 else t[:, :, token] for n, t in x.items()}, state=state, scale=0.3)
@@ -245,7 +281,16 @@ def test_opcheck_of_the_attention(bonus: bool, keep_state: bool, device: torch.d
     case = Case(tokens=5, key_dim=3, value_dim=2, bonus=bonus, layout="BNH" if bonus else "BHN", initial=keep_state)
     x = {name: tensor.requires_grad_() for name, tensor in case.operands(device).items()}
     operands = [x.get(name) for name in ("q", "k", "v", "log_decay", "bonus", "initial_state")]
-    torch.library.opcheck(attention_op, (*operands, 0.3, keep_state))
+    torch.library.opcheck(attention_op, (*operands, None, 0.3, keep_state))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_of_packed_sequences_and_shared_heads(device: torch.device) -> None:
+    case = Case(lengths=(3, 0, 2), groups=1, key_dim=3, value_dim=2)
+    x = {name: tensor.requires_grad_() for name, tensor in case.operands(device).items()}
+    operands = [x.get(name) for name in ("q", "k", "v", "log_decay", "bonus", "initial_state")]
+    borders = torch.tensor([0, 3, 3, 5], device=device)
+    torch.library.opcheck(attention_op, (*operands, borders, 0.3, True))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -272,3 +317,7 @@ def test_what_no_kernel_takes_is_refused_in_a_sentence(device: torch.device) -> 
         attention(**{name: tensor[:, :, :0] for name, tensor in x.items()})
     with pytest.raises(ValueError, match="scale = 0"):
         attention(**x, scale=0.0)
+    with pytest.raises(ValueError, match="divides H"):
+        attention(x["q"][:, :1].expand(-1, 3, -1, -1), x["k"][:, :1].expand(-1, 3, -1, -1), x["v"], x["log_decay"])
+    with pytest.raises(ValueError, match="cu_seqlens is"):
+        attention(**x, cu_seqlens=torch.tensor([0.0, 5.0], device=device))

@@ -13,6 +13,7 @@ from linbench_kernels.delta.configs import Task, config
 from linbench_kernels.delta.operator import attention_op, step_op
 from linbench_kernels.device import INTERPRETED
 from oracle import Case, recurrence, relative
+from packing import apart
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """fp32 and fp64: rounding of sums of some hundred terms. bf16 and fp16: a few units in the last place."""
@@ -63,6 +64,40 @@ def test_results_have_the_layout_of_what_they_belong_to(device: torch.device) ->
     gradients = torch.autograd.grad(out.sum(), list(x.values()))
     for given, found in zip((x["v"], *x.values()), (out, *gradients), strict=True):
         assert found.stride() == given.stride()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay", "lengths"),
+    [
+        (torch.float64, "none", (17, 0, 1, 16, 0)),
+        (torch.float64, "token", (17, 0, 1, 16, 0)),
+        (torch.bfloat16, "token", (3, 64, 0, 1)),
+    ],
+)
+def test_packed_sequences_and_shared_heads(
+    dtype: torch.dtype, decay: str, lengths: tuple[int, ...], device: torch.device
+) -> None:
+    """Sequences without a token and with a single one are among them, and one that ends where a chunk does."""
+    case = DeltaCase(heads=4, groups=2, lengths=lengths, key_dim=7, value_dim=9, decay=decay, dtype=dtype)
+    assert_agrees(case, device)
+
+
+def test_heads_are_shared_in_any_strides(device: torch.device) -> None:
+    case = DeltaCase(batch=2, heads=3, groups=1, tokens=19, key_dim=6, value_dim=5, layout="BNH", initial=False)
+    assert_agrees(case, device)
+    assert_agrees(dataclasses.replace(case, tokens=9, layout="slice", decay="token", unit=False), device)
+
+
+def test_a_packed_sequence_is_the_sequence_alone(device: torch.device) -> None:
+    x = DeltaCase(heads=1, tokens=60, initial=False, decay="token").operands(device)
+    borders = torch.tensor([0, 23, 60], device=device)
+    packed, states = attention(**x, cu_seqlens=borders, return_state=True)
+    for number, part in enumerate((slice(0, 23), slice(23, 60))):
+        alone, state = attention(**{name: tensor[:, :, part] for name, tensor in x.items()}, return_state=True)
+        assert torch.equal(packed[:, :, part], alone)
+        assert states is not None
+        assert state is not None
+        assert torch.equal(states[number], state[0])
 
 
 @pytest.mark.parametrize("strength", [0.0, 1e-3, 3.0, 40.0])
@@ -178,10 +213,11 @@ def test_long_sequences(device: torch.device) -> None:
     assert_agrees(dataclasses.replace(case, dtype=torch.bfloat16), device)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-def test_steps_are_the_recurrence(decay: str, device: torch.device) -> None:
-    x = DeltaCase(tokens=6, key_dim=20, value_dim=70, decay=decay, layout="BNH").operands(device)
-    expected, expected_state = delta_rule(**{n: t.cpu().double() for n, t in x.items()}, scale=0.3)
+@pytest.mark.parametrize(("groups", "decay"), [(0, "none"), (0, "token"), (2, "token")])
+def test_steps_are_the_recurrence(groups: int, decay: str, device: torch.device) -> None:
+    case = DeltaCase(heads=4, groups=groups, tokens=6, key_dim=20, value_dim=70, decay=decay, layout="BNH")
+    x = case.operands(device)
+    expected, expected_state = apart(delta_rule, {n: t.cpu().double() for n, t in x.items()}, (), scale=0.3)
     state = x.pop("initial_state")
     rows = [step(**{n: t[:, :, token] for n, t in x.items()}, state=state, scale=0.3) for token in range(6)]
     assert relative(torch.stack(rows, 2), expected) <= 1e-5
@@ -196,7 +232,16 @@ def test_steps_are_the_recurrence(decay: str, device: torch.device) -> None:
 def test_opcheck_of_the_attention(case: DeltaCase, keep_state: bool, device: torch.device) -> None:
     x = {name: tensor.requires_grad_() for name, tensor in case.operands(device).items()}
     operands = [x.get(name) for name in ("q", "k", "v", "beta", "log_decay", "initial_state")]
-    torch.library.opcheck(attention_op, (*operands, 0.3, True, keep_state, True))
+    torch.library.opcheck(attention_op, (*operands, None, 0.3, True, keep_state, True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_of_packed_sequences_and_shared_heads(device: torch.device) -> None:
+    case = dataclasses.replace(SMALL, heads=2, groups=1, lengths=(3, 0, 2), decay="token")
+    x = {name: tensor.requires_grad_() for name, tensor in case.operands(device).items()}
+    operands = [x.get(name) for name in ("q", "k", "v", "beta", "log_decay", "initial_state")]
+    borders = torch.tensor([0, 3, 3, 5], device=device)
+    torch.library.opcheck(attention_op, (*operands, borders, 0.3, True, True, True))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -216,6 +261,10 @@ def test_what_no_kernel_takes_is_refused_in_a_sentence(device: torch.device) -> 
         attention(*(tensor.new_zeros(1, 1, 2, 257) for tensor in (x["q"], x["k"], x["v"])), x["beta"])
     with pytest.raises(ValueError, match="initial_state is"):
         attention(x["q"], x["k"], x["v"], x["beta"], initial_state=x["initial_state"][..., :3])
+    with pytest.raises(ValueError, match="divides H"):
+        attention(*(x[name][:, :1].expand(-1, 3, -1, -1) for name in "qk"), x["v"], x["beta"])
+    with pytest.raises(ValueError, match="cu_seqlens is"):
+        attention(x["q"], x["k"], x["v"], x["beta"], cu_seqlens=torch.tensor([0.0, 5.0], device=device))
 
 
 def test_mechanisms_have_the_kernels(device: torch.device) -> None:
@@ -248,8 +297,10 @@ def test_tiles_by_descriptor(dtype: torch.dtype, device: torch.device, monkeypat
         return chosen[-1]
 
     monkeypatch.setattr(launch, "config", kept)
-    assert_agrees(DeltaCase(tokens=70, key_dim=24, value_dim=40, decay="token", dtype=dtype, layout="BNH"), device)
-    assert [c.tma for c in chosen].count(True) == 2
+    case = DeltaCase(tokens=70, key_dim=24, value_dim=40, decay="token", dtype=dtype, layout="BNH")
+    assert_agrees(case, device)
+    assert_agrees(dataclasses.replace(case, lengths=(5, 0, 20), groups=1), device)
+    assert [c.tma for c in chosen].count(True) == 4
     chosen.clear()
     assert_agrees(DeltaCase(tokens=9, key_dim=23, value_dim=40, dtype=dtype), device)
     assert [c.tma for c in chosen].count(True) == 0

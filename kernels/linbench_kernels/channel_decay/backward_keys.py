@@ -7,6 +7,8 @@ registers, and no sum has to be made of two tensors that would be written for it
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.spans import span
+from linbench_kernels.additive.tiles import placed
 from linbench_kernels.channel_decay.scan import scan
 
 
@@ -25,6 +27,7 @@ def keys_kernel(
     after_grad,
     before_grad,
     met,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -62,6 +65,7 @@ def keys_kernel(
     after_grad_d,
     after_grad_m,
     heads,
+    group,
     length,
     scale: tl.constexpr,
     D: tl.constexpr,
@@ -76,7 +80,7 @@ def keys_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Grid (B·H · blocks of key columns,), see the table of ``scan``.
+    """Grid (S·H · blocks of key columns,), see the table of ``scan``.
 
     Args:
         bonus_grad: per batch and head, ``[B·H, D]``, or None.
@@ -85,38 +89,45 @@ def keys_kernel(
     """
     BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    batch, head = index // heads, index % heads
+    sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    if after_grad is not None:
+        after_grad += sequence.to(tl.int64) * after_grad_b + head.to(tl.int64) * after_grad_h
+    if before_grad is not None:
+        before_grad += index.to(tl.int64) * (D * M)
+    if q_dots is not None:
+        q_dots = placed(q_dots, (q_dots_b, q_dots_h, q_dots_n), batch, head, first)
+    if decay_grad is not None:
+        decay_grad = placed(decay_grad, (decay_grad_b, decay_grad_h, decay_grad_n), batch, head, first)
     scan(
-        v,
-        (v_b, v_h, v_n, v_d),
-        out_grad,
-        (out_grad_b, out_grad_h, out_grad_n, out_grad_d),
-        q,
-        (q_b, q_h, q_n, q_d),
-        k_grad,
-        (k_grad_b, k_grad_h, k_grad_n, k_grad_d),
-        k,
-        (k_b, k_h, k_n, k_d),
-        log_decay,
-        (log_decay_b, log_decay_h, log_decay_n, log_decay_d),
+        placed(v, (v_b, v_h, v_n), batch, head, first),
+        (v_n, v_d),
+        placed(out_grad, (out_grad_b, out_grad_h, out_grad_n), batch, head, first),
+        (out_grad_n, out_grad_d),
+        placed(q, (q_b, q_h, q_n), batch, head // group, first),
+        (q_n, q_d),
+        placed(k_grad, (k_grad_b, k_grad_h, k_grad_n), batch, head, first),
+        (k_grad_n, k_grad_d),
+        placed(k, (k_b, k_h, k_n), batch, head // group, first),
+        (k_n, k_d),
+        placed(log_decay, (log_decay_b, log_decay_h, log_decay_n), batch, head, first),
+        (log_decay_n, log_decay_d),
         bonus,
         bonus_grad,
         after_grad,
-        (after_grad_b, after_grad_h, after_grad_d, after_grad_m),
+        (after_grad_d, after_grad_m),
         before_grad,
-        (heads * D * M, D * M, M, 1),
+        (M, 1),
         None,
         None,
         met,
         q_dots,
-        (q_dots_b, q_dots_h, q_dots_n, q_dots_d),
+        (q_dots_n, q_dots_d),
         decay_grad,
-        (decay_grad_b, decay_grad_h, decay_grad_n, decay_grad_d),
-        batch,
+        (decay_grad_n, decay_grad_d),
+        index,
         head,
-        heads,
         part * COLUMNS_D,
-        length,
+        tokens,
         scale,
         M,
         D,

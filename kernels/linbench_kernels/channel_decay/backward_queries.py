@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.spans import span
+from linbench_kernels.additive.tiles import placed
 from linbench_kernels.channel_decay.scan import scan
 
 
@@ -20,6 +22,7 @@ def queries_values_kernel(
     before,
     after_grad,
     met,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -61,6 +64,7 @@ def queries_values_kernel(
     after_grad_d,
     after_grad_m,
     heads,
+    group,
     length,
     scale: tl.constexpr,
     D: tl.constexpr,
@@ -77,7 +81,7 @@ def queries_values_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Grid (B·H · (blocks of key columns + blocks of value columns),), see the table of ``scan``.
+    """Grid (S·H · (blocks of key columns + blocks of value columns),), see the table of ``scan``.
 
     Args:
         q_dots: q · dq without each token's pair with itself, ``[B, H, N, D]``, or None.
@@ -86,42 +90,47 @@ def queries_values_kernel(
     KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
     PARTS: tl.constexpr = KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
     part, index = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
-    batch, head = index // heads, index % heads
+    sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    if before is not None:
+        before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
+    if after_grad is not None:
+        after_grad += sequence.to(tl.int64) * after_grad_b + head.to(tl.int64) * after_grad_h
+    if q_dots is not None:
+        q_dots = placed(q_dots, (q_dots_b, q_dots_h, q_dots_n), batch, head, first)
     meeting = after_grad
     if met is None:
         meeting = None
     if part < KEY_BLOCKS:
         scan(
-            out_grad,
-            (out_grad_b, out_grad_h, out_grad_n, out_grad_d),
-            v,
-            (v_b, v_h, v_n, v_d),
-            k,
-            (k_b, k_h, k_n, k_d),
-            q_grad,
-            (q_grad_b, q_grad_h, q_grad_n, q_grad_d),
-            q,
-            (q_b, q_h, q_n, q_d),
-            log_decay,
-            (log_decay_b, log_decay_h, log_decay_n, log_decay_d),
+            placed(out_grad, (out_grad_b, out_grad_h, out_grad_n), batch, head, first),
+            (out_grad_n, out_grad_d),
+            placed(v, (v_b, v_h, v_n), batch, head, first),
+            (v_n, v_d),
+            placed(k, (k_b, k_h, k_n), batch, head // group, first),
+            (k_n, k_d),
+            placed(q_grad, (q_grad_b, q_grad_h, q_grad_n), batch, head, first),
+            (q_grad_n, q_grad_d),
+            placed(q, (q_b, q_h, q_n), batch, head // group, first),
+            (q_n, q_d),
+            placed(log_decay, (log_decay_b, log_decay_h, log_decay_n), batch, head, first),
+            (log_decay_n, log_decay_d),
             bonus,
             None,
             before,
-            (before_b, before_h, before_d, before_m),
+            (before_d, before_m),
             None,
             None,
             meeting,
-            (after_grad_b, after_grad_h, after_grad_d, after_grad_m),
+            (after_grad_d, after_grad_m),
             met,
             q_dots,
-            (q_dots_b, q_dots_h, q_dots_n, q_dots_d),
+            (q_dots_n, q_dots_d),
             None,
             None,
-            batch,
+            index,
             head,
-            heads,
             part * COLUMNS_D,
-            length,
+            tokens,
             scale,
             M,
             D,
@@ -139,22 +148,22 @@ def queries_values_kernel(
         )
     else:
         scan(
-            k,
-            (k_b, k_h, k_n, k_d),
-            q,
-            (q_b, q_h, q_n, q_d),
-            out_grad,
-            (out_grad_b, out_grad_h, out_grad_n, out_grad_d),
-            v_grad,
-            (v_grad_b, v_grad_h, v_grad_n, v_grad_d),
+            placed(k, (k_b, k_h, k_n), batch, head // group, first),
+            (k_n, k_d),
+            placed(q, (q_b, q_h, q_n), batch, head // group, first),
+            (q_n, q_d),
+            placed(out_grad, (out_grad_b, out_grad_h, out_grad_n), batch, head, first),
+            (out_grad_n, out_grad_d),
+            placed(v_grad, (v_grad_b, v_grad_h, v_grad_n), batch, head, first),
+            (v_grad_n, v_grad_d),
             None,
             None,
-            log_decay,
-            (log_decay_b, log_decay_h, log_decay_n, log_decay_d),
+            placed(log_decay, (log_decay_b, log_decay_h, log_decay_n), batch, head, first),
+            (log_decay_n, log_decay_d),
             bonus,
             None,
             after_grad,
-            (after_grad_b, after_grad_h, after_grad_m, after_grad_d),
+            (after_grad_m, after_grad_d),
             None,
             None,
             None,
@@ -164,11 +173,10 @@ def queries_values_kernel(
             None,
             None,
             None,
-            batch,
+            index,
             head,
-            heads,
             (part - KEY_BLOCKS) * COLUMNS_M,
-            length,
+            tokens,
             scale,
             D,
             M,

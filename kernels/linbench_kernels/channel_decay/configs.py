@@ -64,4 +64,5 @@ def _of_hopper(task: Task, width: int) -> Config:
         return Config(chunk=CHUNK, columns=64 if tma or task.pass_ == "forward" else 32, warps=4, stages=2, tma=tma)
     if width <= 128:
         return Config(chunk=CHUNK, columns=128 if task.pass_ == "forward" else 64, warps=8, stages=2, tma=tma)
-    return Config(chunk=CHUNK, columns=32 if task.pass_ == "keys" else 64, warps=8, stages=1)
+    columns = {"forward": 64, "queries": 32, "keys": 16}[task.pass_]
+    return Config(chunk=CHUNK, columns=columns, warps=8, stages=1)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.spans import span
+from linbench_kernels.additive.tiles import placed
 from linbench_kernels.channel_decay.scan import scan
 
 
@@ -16,6 +18,7 @@ def forward_kernel(
     bonus,
     before,
     after,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -41,6 +44,7 @@ def forward_kernel(
     before_d,
     before_m,
     heads,
+    group,
     length,
     scale: tl.constexpr,
     D: tl.constexpr,
@@ -54,32 +58,36 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Grid (B·H · blocks of value columns,), the blocks of a head side by side, where they share q and k in the cache.
+    """Grid (S·H · blocks of value columns,), the blocks of a head side by side, where they share q and k in the cache.
 
     Tensors are those of :func:`linbench_kernels.channel_decay.attention`; ``after`` is contiguous.
     """
     BLOCKS: tl.constexpr = (M + COLUMNS_M - 1) // COLUMNS_M
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    batch, head = index // heads, index % heads
+    sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length)
+    if before is not None:
+        before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
+    if after is not None:
+        after += index.to(tl.int64) * (D * M)
     scan(
-        q,
-        (q_b, q_h, q_n, q_d),
-        k,
-        (k_b, k_h, k_n, k_d),
-        v,
-        (v_b, v_h, v_n, v_d),
-        out,
-        (out_b, out_h, out_n, out_d),
+        placed(q, (q_b, q_h, q_n), batch, head // group, first),
+        (q_n, q_d),
+        placed(k, (k_b, k_h, k_n), batch, head // group, first),
+        (k_n, k_d),
+        placed(v, (v_b, v_h, v_n), batch, head, first),
+        (v_n, v_d),
+        placed(out, (out_b, out_h, out_n), batch, head, first),
+        (out_n, out_d),
         None,
         None,
-        log_decay,
-        (log_decay_b, log_decay_h, log_decay_n, log_decay_d),
+        placed(log_decay, (log_decay_b, log_decay_h, log_decay_n), batch, head, first),
+        (log_decay_n, log_decay_d),
         bonus,
         None,
         before,
-        (before_b, before_h, before_m, before_d),
+        (before_m, before_d),
         after,
-        (heads * D * M, D * M, 1, M),
+        (1, M),
         None,
         None,
         None,
@@ -87,11 +95,10 @@ def forward_kernel(
         None,
         None,
         None,
-        batch,
+        index,
         head,
-        heads,
         part * COLUMNS_M,
-        length,
+        tokens,
         scale,
         D,
         M,

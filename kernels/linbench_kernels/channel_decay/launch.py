@@ -7,23 +7,22 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import arithmetic, block
-from linbench_kernels.additive.launch import described, products, scratch, strides
+from linbench_kernels.additive.launch import (
+    arch_of,
+    described,
+    of_every_head,
+    of_groups,
+    products,
+    scratch,
+    sequences_of,
+    small,
+    strides,
+)
 from linbench_kernels.channel_decay.backward_keys import keys_kernel
 from linbench_kernels.channel_decay.backward_queries import queries_values_kernel
 from linbench_kernels.channel_decay.configs import Config, config, task
 from linbench_kernels.channel_decay.forward import forward_kernel
 from linbench_kernels.channel_decay.step import step_kernel
-from linbench_kernels.device import architecture
-
-
-def arch_of(x: Tensor) -> str:
-    """The architecture that a tensor lives on."""
-    return architecture(x.device.index or 0)
-
-
-def small(x: Tensor | None) -> Tensor | None:
-    """A tensor without tokens, contiguous: a copy of it costs nothing."""
-    return None if x is None else x.contiguous()
 
 
 def forward(
@@ -33,12 +32,13 @@ def forward(
     log_decay: Tensor,
     bonus: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     keep_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """o, and the final state (empty unless asked for)."""
-    batch, heads, length, key_dim = q.shape
-    value_dim = v.shape[-1]
+    heads, length, value_dim = v.shape[1:]
+    key_dim, sequences = q.shape[-1], sequences_of(v, cu_seqlens)
     arch = arch_of(q)
     numbers = arithmetic(q.dtype, arch)
     out = torch.empty_like(v)
@@ -47,9 +47,9 @@ def forward(
     columns = min(chosen.columns, block(value_dim))
     if chosen.tma:
         triton.set_allocator(scratch)
-    state = q.new_empty(batch, heads, key_dim, value_dim, dtype=numbers.state) if keep_state else None
-    if batch * heads > 0:
-        forward_kernel[(batch * heads * triton.cdiv(value_dim, columns),)](
+    state = q.new_empty(sequences, heads, key_dim, value_dim, dtype=numbers.state) if keep_state else None
+    if sequences * heads > 0:
+        forward_kernel[(sequences * heads * triton.cdiv(value_dim, columns),)](
             q,
             k,
             v,
@@ -58,6 +58,7 @@ def forward(
             small(bonus),
             initial_state,
             state,
+            small(cu_seqlens),
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -65,6 +66,7 @@ def forward(
             *log_decay.stride(),
             *strides(initial_state),
             heads,
+            heads // q.shape[1],
             length,
             scale=scale,
             D=key_dim,
@@ -86,6 +88,7 @@ def backward(
     log_decay: Tensor,
     bonus: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     with_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -94,23 +97,23 @@ def backward(
     Args:
         with_decay: whether the decays are to have one.
     """
-    batch, heads, length, key_dim = q.shape
-    value_dim = v.shape[-1]
+    heads, length, value_dim = v.shape[1:]
+    key_dim, sequences = q.shape[-1], sequences_of(v, cu_seqlens)
     arch = arch_of(q)
     numbers = arithmetic(q.dtype, arch)
-    q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q, k, v))
+    q_grad, k_grad, v_grad = of_every_head(q, heads), of_every_head(k, heads), torch.empty_like(v)
     aligned = all(described(x) for x in (q, k, v, out_grad, q_grad, k_grad, v_grad))
     first, second = (config(task(name, arch, numbers, key_dim, value_dim, aligned)) for name in ("queries", "keys"))
     if first.tma or second.tma:
         triton.set_allocator(scratch)
     decay_grad = torch.empty_like(log_decay) if with_decay else None
     q_dots = torch.empty_like(log_decay, dtype=numbers.state) if with_decay else None
-    per_channel = (batch * heads, key_dim)
+    per_channel = (sequences * heads, key_dim)
     met = q.new_empty(per_channel, dtype=numbers.state) if with_decay and state_grad is not None else None
     bonus_parts = None if bonus is None else q.new_empty(per_channel, dtype=numbers.state)
     before_grad = None
     if initial_state is not None:
-        before_grad = q.new_empty(batch, heads, key_dim, value_dim, dtype=numbers.state)
+        before_grad = q.new_empty(sequences, heads, key_dim, value_dim, dtype=numbers.state)
     shared = {
         "scale": scale,
         "D": key_dim,
@@ -122,8 +125,8 @@ def backward(
     columns_d, columns_m = (min(first.columns, block(width)) for width in (key_dim, value_dim))
     parts = triton.cdiv(key_dim, columns_d) + triton.cdiv(value_dim, columns_m)
     bonus = small(bonus)
-    if batch * heads > 0:
-        queries_values_kernel[(batch * heads * parts,)](
+    if sequences * heads > 0:
+        queries_values_kernel[(sequences * heads * parts,)](
             q,
             k,
             v,
@@ -136,11 +139,13 @@ def backward(
             initial_state,
             state_grad,
             met,
+            small(cu_seqlens),
             *(number for x in (q, k, v, out_grad, q_grad, v_grad, log_decay) for number in x.stride()),
             *strides(q_dots),
             *strides(initial_state),
             *strides(state_grad),
             heads,
+            heads // q.shape[1],
             length,
             BLOCK_D=block(key_dim),
             COLUMNS_D=columns_d,
@@ -149,7 +154,7 @@ def backward(
             **compiled(first),
         )
         columns_d = min(second.columns, block(key_dim))
-        keys_kernel[(batch * heads * triton.cdiv(key_dim, columns_d),)](
+        keys_kernel[(sequences * heads * triton.cdiv(key_dim, columns_d),)](
             q,
             k,
             v,
@@ -163,11 +168,13 @@ def backward(
             state_grad,
             before_grad,
             met,
+            small(cu_seqlens),
             *(number for x in (q, k, v, out_grad, k_grad, log_decay) for number in x.stride()),
             *strides(decay_grad),
             *strides(q_dots),
             *strides(state_grad),
             heads,
+            heads // q.shape[1],
             length,
             COLUMNS_D=columns_d,
             **shared,
@@ -177,18 +184,18 @@ def backward(
         decay_grad = q.new_empty(0)
     bonus_grad, initial_grad = q.new_empty(0), q.new_empty(0)
     if bonus is not None and bonus_parts is not None:
-        bonus_grad = bonus_parts.view(batch, heads, key_dim).sum(0).to(bonus.dtype)
+        bonus_grad = bonus_parts.view(sequences, heads, key_dim).sum(0).to(bonus.dtype)
     if before_grad is not None and initial_state is not None:
         initial_grad = before_grad.to(initial_state.dtype)
-    return q_grad, k_grad, v_grad, decay_grad, bonus_grad, initial_grad
+    return of_groups(q_grad, q), of_groups(k_grad, k), v_grad, decay_grad, bonus_grad, initial_grad
 
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor, bonus: Tensor | None, scale: float
 ) -> Tensor:
     """One token: o ``[B, H, M]``; the state is changed."""
-    batch, heads, key_dim = q.shape
-    value_dim = v.shape[-1]
+    batch, heads, value_dim = v.shape
+    key_dim = q.shape[-1]
     numbers = arithmetic(q.dtype, arch_of(q))
     out = v.new_empty(batch, heads, value_dim)
     columns = min(16 if key_dim > 64 else 32, block(value_dim))
@@ -203,6 +210,7 @@ def step(
             small(bonus),
             *(number for x in (q, k, v, log_decay, state) for number in x.stride()),
             heads,
+            heads // q.shape[1],
             scale=scale,
             D=key_dim,
             M=value_dim,

@@ -26,40 +26,39 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.scan import LOG2_E, SHUT, SHUT_64
-from linbench_kernels.additive.tiles import described, load_tile, operand, rest, state_places, store_tile
+from linbench_kernels.additive.tiles import described_placed, load_placed, operand, places, rest, store_placed
 from linbench_kernels.channel_decay.within import fading, load_channels, rows_within, scores_within
 
 
 @triton.jit
 def scan(
     a,
-    a_strides,
+    a_steps,
     b,
-    b_strides,
+    b_steps,
     c,
-    c_strides,
+    c_steps,
     out,
-    out_strides,
+    out_steps,
     own,
-    own_strides,
+    own_steps,
     log_decay,
-    decay_strides,
+    decay_steps,
     bonus,
     bonus_grad,
     before,
-    before_strides,
+    before_steps,
     after,
-    after_strides,
+    after_steps,
     meeting,
-    meeting_strides,
+    meeting_steps,
     met,
     q_dots,
-    dots_strides,
+    dots_steps,
     decay_grad,
-    decay_grad_strides,
-    batch,
+    decay_grad_steps,
+    index,
     head,
-    heads,
     column,
     length,
     scale,
@@ -77,17 +76,20 @@ def scan(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One program: all tokens of a head, and ``COLUMNS`` columns of the output from ``column`` on.
+    """One program: all tokens of a sequence and head, and ``COLUMNS`` columns of the output from ``column`` on.
+
+    Every pointer is to the first token of them, or to their state; steps are strides of the last two dimensions.
 
     Args:
         own: the tensor whose gradient ``out`` is, for the gradients of decays and bonus.
-        log_decay: natural, ``[B, H, N, D]``.
+        log_decay: natural, ``[length, D]``.
+        index: number of the sequence and head, for what is kept of each; ``head``: for the bonus.
         bonus: ``[H, D]``; with it a token sees the state before it, and itself with that weight. None: all of it.
-        bonus_grad: ``[B·H, D]`` or None: Σ_t (do_t · v_t) q_t k_t, written.
-        before: the state that comes in, ``[WIDTH, K]`` in its last two strides, or None; ``after`` the one that leaves.
-        meeting: like ``after``; its products with the state that leaves, summed over K, go to ``met``, ``[B·H, D]``.
-        q_dots: ``[B, H, N, D]``: own · out without s = t. dq writes it, dk reads it for ``decay_grad``, or None.
-        decay_grad: ``[B, H, N, D]``, written by dk: d(log decay)_t = Σ_{s≥t} (q_s dq_s − k_s dk_s) + met, where a
+        bonus_grad: ``[S·H, D]`` or None: Σ_t (do_t · v_t) q_t k_t, written.
+        before: the state that comes in, ``[WIDTH, K]``, or None; ``after`` the one that leaves.
+        meeting: like ``after``; its products with the state that leaves, summed over K, go to ``met``, ``[S·H, D]``.
+        q_dots: ``[length, D]``: own · out without s = t. dq writes it, dk reads it for ``decay_grad``, or None.
+        decay_grad: ``[length, D]``, written by dk: d(log decay)_t = Σ_{s≥t} (q_s dq_s − k_s dk_s) + met, where a
             token's pair with itself, which does not fade, is left out of both; with a bonus Σ_{s>t} of the first.
         SPLIT: what bf16 loses of states, pairs and faded rows is multiplied as well. The two sums of the gradient of
             the decays cancel but for that gradient, and rounding, which differs in dq and dk, does not.
@@ -97,17 +99,16 @@ def scan(
     FADING: tl.constexpr = BLOCK_K if INNER else COLUMNS
     FADING_WIDTH: tl.constexpr = K if INNER else WIDTH
     if TMA:
-        a = described(a, a_strides, batch, head, length, CHUNK, BLOCK_K, K)
+        a = described_placed(a, a_steps, length, CHUNK, BLOCK_K, K)
     if TMA:
-        b = described(b, b_strides, batch, head, length, CHUNK, BLOCK_K, K)
+        b = described_placed(b, b_steps, length, CHUNK, BLOCK_K, K)
     if TMA:
-        c = described(c, c_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
+        c = described_placed(c, c_steps, length, CHUNK, COLUMNS, WIDTH)
     if TMA:
-        out = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
+        out = described_placed(out, out_steps, length, CHUNK, COLUMNS, WIDTH)
     if own is not None:
         if TMA:
-            own = described(own, own_strides, batch, head, length, CHUNK, COLUMNS, WIDTH)
-    index = batch * heads + head
+            own = described_placed(own, own_steps, length, CHUNK, COLUMNS, WIDTH)
     first = column
     if INNER:
         first = column * 0
@@ -115,8 +116,8 @@ def scan(
     ks, columns = tl.arange(0, BLOCK_K), column + tl.arange(0, COLUMNS)
     inside = (columns < WIDTH)[:, None] & (ks < K)[None, :]
     if before is not None:
-        places = state_places(before, before_strides, batch, head, column, 0, COLUMNS, BLOCK_K)
-        state = tl.load(places, mask=inside, other=0.0).to(ACC)
+        where = places(before, before_steps, column, 0, COLUMNS, BLOCK_K)
+        state = tl.load(where, mask=inside, other=0.0).to(ACC)
         if REVERSE:
             state /= scale
     if bonus_grad is not None:
@@ -132,10 +133,10 @@ def scan(
         row = turn * CHUNK
         if REVERSE:
             row = (chunks - 1 - turn) * CHUNK
-        a_tile = operand(load_tile(a, a_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K, TMA), OPERAND)
-        b_tile = operand(load_tile(b, b_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K, TMA), OPERAND)
-        c_tile = operand(load_tile(c, c_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, TMA), OPERAND)
-        steps = load_tile(log_decay, decay_strides, batch, head, row, first, length, CHUNK, FADING, FADING_WIDTH, False)
+        a_tile = operand(load_placed(a, a_steps, row, 0, length, CHUNK, BLOCK_K, K, TMA), OPERAND)
+        b_tile = operand(load_placed(b, b_steps, row, 0, length, CHUNK, BLOCK_K, K, TMA), OPERAND)
+        c_tile = operand(load_placed(c, c_steps, row, column, length, CHUNK, COLUMNS, WIDTH, TMA), OPERAND)
+        steps = load_placed(log_decay, decay_steps, row, first, length, CHUNK, FADING, FADING_WIDTH, False)
         steps = tl.maximum(steps.to(LOGS) * LOG2_E, at_least)
         sums = tl.cumsum(steps, 0)
         total = tl.sum(steps, 0)
@@ -145,26 +146,12 @@ def scan(
         over_chunk, coming, leaving = fading(total, ACC), fading(read, ACC), fading(total[None, :] - sums, ACC)
         if REVERSE:
             coming, leaving = leaving, coming
-        past = operand(state, OPERAND)
 
         if INNER:
             a_faded, b_faded = a_tile.to(ACC) * coming, b_tile.to(ACC) * leaving
             query_faded = a_faded
             if REVERSE:
                 query_faded = b_faded
-            high = operand(a_faded, OPERAND)
-            acc = tl.dot(past, tl.trans(high), input_precision=PRECISION, out_dtype=ACC)
-            if SPLIT:
-                lost = rest(state, past, OPERAND)
-                acc = tl.dot(lost, tl.trans(high), acc, input_precision=PRECISION, out_dtype=ACC)
-                lost = rest(a_faded, high, OPERAND)
-                acc = tl.dot(past, tl.trans(lost), acc, input_precision=PRECISION, out_dtype=ACC)
-            state *= over_chunk[None, :]
-            written = operand(b_faded, OPERAND)
-            state = tl.dot(tl.trans(c_tile), written, state, input_precision=PRECISION, out_dtype=ACC)
-            if SPLIT:
-                lost = rest(b_faded, written, OPERAND)
-                state = tl.dot(tl.trans(c_tile), lost, state, input_precision=PRECISION, out_dtype=ACC)
             scores = scores_within(
                 a_tile,
                 b_tile,
@@ -182,6 +169,19 @@ def scan(
                 PRECISION,
                 SPLIT,
             )
+            past, high = operand(state, OPERAND), operand(a_faded, OPERAND)
+            acc = tl.dot(past, tl.trans(high), input_precision=PRECISION, out_dtype=ACC)
+            if SPLIT:
+                lost = rest(state, past, OPERAND)
+                acc = tl.dot(lost, tl.trans(high), acc, input_precision=PRECISION, out_dtype=ACC)
+                lost = rest(a_faded, high, OPERAND)
+                acc = tl.dot(past, tl.trans(lost), acc, input_precision=PRECISION, out_dtype=ACC)
+            state *= over_chunk[None, :]
+            written = operand(b_faded, OPERAND)
+            state = tl.dot(tl.trans(c_tile), written, state, input_precision=PRECISION, out_dtype=ACC)
+            if SPLIT:
+                lost = rest(b_faded, written, OPERAND)
+                state = tl.dot(tl.trans(c_tile), lost, state, input_precision=PRECISION, out_dtype=ACC)
             high = operand(scores, OPERAND)
             acc = tl.dot(tl.trans(c_tile), high, acc, input_precision=PRECISION, out_dtype=ACC)
             if OPERAND == "bf16":
@@ -193,6 +193,7 @@ def scan(
             if REVERSE:
                 query_weight = leaving
             c_faded = c_tile.to(ACC) * leaving
+            past = operand(state, OPERAND)
             acc = tl.dot(past, tl.trans(a_tile), input_precision=PRECISION, out_dtype=ACC)
             if SPLIT:
                 lost = rest(state, past, OPERAND)
@@ -203,25 +204,21 @@ def scan(
                 pairs, c_tile, query_weight, sums, read, CHUNK, COLUMNS, REVERSE, OPERAND, ACC, PRECISION, SPLIT
             )
             own_tile = operand(
-                load_tile(own, own_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, TMA), OPERAND
+                load_placed(own, own_steps, row, column, length, CHUNK, COLUMNS, WIDTH, TMA), OPERAND
             ).to(ACC)
             if q_dots is not None:
                 dots = own_tile * result * scale
                 if REVERSE:
-                    of_queries = load_tile(
-                        q_dots, dots_strides, batch, head, row, column, length, CHUNK, COLUMNS, WIDTH, False
-                    )
+                    of_queries = load_placed(q_dots, dots_steps, row, column, length, CHUNK, COLUMNS, WIDTH, False)
                     change = of_queries - dots
                     over = tl.sum(change, 0)
                     since = over[None, :] - tl.cumsum(change, 0) + change
                     if bonus is not None:
                         since -= of_queries
                     found_grad = later[None, :] + since
-                    store_tile(
+                    store_placed(
                         decay_grad,
-                        decay_grad_strides,
-                        batch,
-                        head,
+                        decay_grad_steps,
                         row,
                         column,
                         length,
@@ -233,9 +230,7 @@ def scan(
                     )
                     later += over
                 else:
-                    store_tile(
-                        q_dots, dots_strides, batch, head, row, column, length, dots, CHUNK, COLUMNS, WIDTH, False
-                    )
+                    store_placed(q_dots, dots_steps, row, column, length, dots, CHUNK, COLUMNS, WIDTH, False)
             of_itself = tl.sum(tl.where(same, pairs, 0.0), 1)[:, None] * c_tile.to(ACC)
             if bonus is not None:
                 if bonus_grad is not None:
@@ -248,16 +243,16 @@ def scan(
             if SPLIT:
                 lost = rest(c_faded, written, OPERAND)
                 state = tl.dot(tl.trans(lost), b_tile, state, input_precision=PRECISION, out_dtype=ACC)
-        store_tile(out, out_strides, batch, head, row, column, length, result * scale, CHUNK, COLUMNS, WIDTH, TMA)
+        store_placed(out, out_steps, row, column, length, result * scale, CHUNK, COLUMNS, WIDTH, TMA)
 
     if meeting is not None:
-        places = state_places(meeting, meeting_strides, batch, head, column, 0, COLUMNS, BLOCK_K)
-        sums_met = tl.sum(state * tl.load(places, mask=inside, other=0.0).to(ACC), 1)
+        where = places(meeting, meeting_steps, column, 0, COLUMNS, BLOCK_K)
+        sums_met = tl.sum(state * tl.load(where, mask=inside, other=0.0).to(ACC), 1)
         tl.store(met + index.to(tl.int64) * WIDTH + columns, sums_met, mask=columns < WIDTH)
     if bonus_grad is not None:
         tl.store(bonus_grad + index.to(tl.int64) * WIDTH + columns, bonus_sum * scale, mask=columns < WIDTH)
     if after is not None:
         if REVERSE:
             state *= scale
-        places = state_places(after, after_strides, batch, head, column, 0, COLUMNS, BLOCK_K)
-        tl.store(places, state.to(after.dtype.element_ty), mask=inside)
+        where = places(after, after_steps, column, 0, COLUMNS, BLOCK_K)
+        tl.store(where, state.to(after.dtype.element_ty), mask=inside)

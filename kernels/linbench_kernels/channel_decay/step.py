@@ -34,6 +34,7 @@ def step_kernel(
     state_d,
     state_m,
     heads,
+    group,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -53,8 +54,8 @@ def step_kernel(
     batch, head = index // heads, index % heads
     ks, column = tl.arange(0, BLOCK_D), tl.program_id(1) * COLUMNS
     columns = column + tl.arange(0, COLUMNS)
-    query = load_vector(q, (q_b, q_h, q_d), batch, head, 0, D, BLOCK_D, ACC)
-    key = load_vector(k, (k_b, k_h, k_d), batch, head, 0, D, BLOCK_D, ACC)
+    query = load_vector(q, (q_b, q_h, q_d), batch, head // group, 0, D, BLOCK_D, ACC)
+    key = load_vector(k, (k_b, k_h, k_d), batch, head // group, 0, D, BLOCK_D, ACC)
     value = load_vector(v, (v_b, v_h, v_d), batch, head, column, M, COLUMNS, ACC)
     decay = load_vector(log_decay, (log_decay_b, log_decay_h, log_decay_d), batch, head, 0, D, BLOCK_D, ACC)
     places = state_places(state, (state_b, state_h, state_d, state_m), batch, head, 0, column, BLOCK_D, COLUMNS)

@@ -68,12 +68,14 @@ def meet(targets, sources, HALF: tl.constexpr, REVERSE: tl.constexpr):
 def product(left, right, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     """``left @ right`` of two tiles that are no operands yet; with SPLIT of what rounding takes of one of them too."""
     left_high, right_high = operand(left, OPERAND), operand(right, OPERAND)
-    found = tl.dot(left_high, right_high, input_precision=PRECISION, out_dtype=ACC)
     if SPLIT:
         lost = rest(left, left_high, OPERAND)
-        found = tl.dot(lost, right_high, found, input_precision=PRECISION, out_dtype=ACC)
+        found = tl.dot(lost, right_high, input_precision=PRECISION, out_dtype=ACC)
+        found = tl.dot(left_high, right_high, found, input_precision=PRECISION, out_dtype=ACC)
         lost = rest(right, right_high, OPERAND)
         found = tl.dot(left_high, lost, found, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        found = tl.dot(left_high, right_high, input_precision=PRECISION, out_dtype=ACC)
     return found
 
 
@@ -109,10 +111,6 @@ def scores_within(
     """
     tokens = tl.arange(0, CHUNK)
     targets, sources = tokens[None, :], tokens[:, None]
-    itself = a_tile.to(ACC) * b_tile.to(ACC)
-    if bonus is not None:
-        itself *= load_channels(bonus, head, 0, CHANNELS, WIDTH, ACC)[None, :]
-    of_itself = tl.sum(itself, 1)[None, :]
     mild = tl.min(sums, 1) >= MILD
     lift = lifting(sums, ACC)
     if REVERSE:
@@ -124,7 +122,7 @@ def scores_within(
         mild = mild[None, :] & (sources >= 0)
         WHOLE: tl.constexpr = SPLIT or OPERAND == "bf16"
         scores = product(b_tile.to(ACC) * lift, tl.trans(query_faded), OPERAND, ACC, PRECISION, WHOLE)
-    scores = tl.where(sources == targets, of_itself, tl.where(seen & mild, scores, 0.0))
+    scores = tl.where(seen & mild, scores, 0.0)
     if tl.min(tl.min(sums, 1), 0) < MILD:
         for level in tl.static_range(4):
             if 2**level < CHUNK:
@@ -132,7 +130,12 @@ def scores_within(
                 left, right = b_tile.to(ACC) * weight, a_tile.to(ACC) * weight
                 found = product(left, tl.trans(right), OPERAND, ACC, PRECISION, SPLIT)
                 scores = tl.where(meet(targets, sources, 2**level, REVERSE) & (mild == 0), found, scores)
-    return scores
+    # what a token has of itself comes last: before, all registers are taken
+    itself = a_tile.to(ACC) * b_tile.to(ACC)
+    if bonus is not None:
+        itself *= load_channels(bonus, head, 0, CHANNELS, WIDTH, ACC)[None, :]
+    of_itself = tl.sum(itself, 1)[None, :]
+    return tl.where(sources == targets, of_itself, scores)
 
 
 @triton.jit

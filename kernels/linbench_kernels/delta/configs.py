@@ -28,7 +28,7 @@ class Task:
     """C of the pass."""
 
 
-BLACKWELL = "sm_10"
+HOPPER, BLACKWELL = "sm_90", "sm_10"
 
 
 def chunk(arch: str, operand_bytes: int, key_dim: int, value_dim: int, backward: bool) -> int:
@@ -39,26 +39,35 @@ def chunk(arch: str, operand_bytes: int, key_dim: int, value_dim: int, backward:
     if operand_bytes == 8:
         return 16
     small = ("sm_8", "sm_12", "gfx", *((BLACKWELL,) if backward else ()))
-    if operand_bytes == 4 or max(key_dim, value_dim) > 128 or arch.startswith(small):
-        return 32
-    return 64
+    wide = max(key_dim, value_dim) > 128 and arch != HOPPER
+    return 32 if operand_bytes == 4 or wide or arch.startswith(small) else 64
 
 
 @functools.cache
 def config(task: Task) -> Config:
     """The configuration of a kernel: for sm_90, bf16 and widths up to 128 none spills; none has been timed."""
     width = max(block(task.key_dim), block(task.value_dim))
-    warps, columns, stages = 4, 32, 2
-    if task.operand_bytes > 2:
-        columns = 16 if task.operand_bytes == 8 or width > 128 else 32
-        warps, stages = 8 if width > 64 else 4, 1
-    elif task.kernel == "inverse":
-        warps, stages = 4, 1
-    elif task.kernel == "gradients":
-        warps = 4 if task.arch.startswith(BLACKWELL) else 8  # before 3.8 Triton races there with 8
-        columns = 16 if task.arch.startswith(("sm_8", "sm_12")) else 32
-    elif not task.arch.startswith(BLACKWELL):
-        warps = 8 if width > 128 or (task.arch.startswith(("sm_8", "sm_12")) and task.kernel == "reverse") else 4
-    hopper = task.arch == "sm_90" or task.arch.startswith(BLACKWELL)
+    hopper = task.arch == HOPPER or task.arch.startswith(BLACKWELL)
     tma = task.kernel in {"forward", "reverse"} and hopper and task.aligned and task.operand_bytes == 2
+    warps, columns, stages = _of_wide_operands(task, width) if task.operand_bytes > 2 else _of_bf16(task, width)
     return Config(chunk=task.chunk, columns=columns, warps=warps, stages=stages, tma=tma)
+
+
+def _of_wide_operands(task: Task, width: int) -> tuple[int, int, int]:
+    columns = 16 if task.operand_bytes == 8 or width > 128 else 32
+    return 8 if width > 64 else 4, columns, 1
+
+
+def _of_bf16(task: Task, width: int) -> tuple[int, int, int]:
+    """Warps, columns and stages; on Blackwell never more than four warps, with which Triton before 3.8 races."""
+    if task.kernel == "inverse":
+        return 4, 32, 1
+    if task.arch.startswith(BLACKWELL):
+        narrow = (task.kernel == "gradients" and task.decay) or (task.kernel in {"gradients", "reverse"} and width > 64)
+        return 4, 16 if narrow else 32, 2
+    if task.arch == HOPPER and width > 128:
+        return (4, 16, 1) if task.kernel in {"forward", "reverse"} else (8, 32, 1)
+    small = task.arch.startswith(("sm_8", "sm_12"))
+    if task.kernel == "gradients":
+        return 8, 16 if small else 32, 2
+    return 8 if width > 128 or (small and task.kernel == "reverse") else 4, 32, 2

@@ -3,11 +3,22 @@
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import described, load_row, load_tile, operand, rest, state_places, store_tile
+from linbench_kernels.additive.spans import span
+from linbench_kernels.additive.tiles import (
+    described_placed,
+    load_numbers,
+    load_placed,
+    operand,
+    placed,
+    places,
+    rest,
+    store_placed,
+)
 from linbench_kernels.delta.rows import chunk_decays, load_rows, matrix_places
+from linbench_kernels.delta.slots import first_slot, numbers
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "slots"])
 def forward_kernel(
     q,
     k,
@@ -21,6 +32,7 @@ def forward_kernel(
     residuals,
     before,
     after,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -42,7 +54,9 @@ def forward_kernel(
     before_d,
     before_m,
     heads,
+    group,
     length,
+    slots,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -56,11 +70,11 @@ def forward_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Grid (B·H · blocks of value columns,), the blocks of a head side by side.
+    """Grid (S·H · blocks of value columns,), the blocks of a head side by side.
 
     Args:
         beta: ``[B, H, N]``; ``log_decay`` the same, or None.
-        inverse: ``[B, H, chunks · CHUNK, CHUNK]``, (I + L diag β)^-1 − I.
+        inverse: ``[B, H, slots · CHUNK, CHUNK]``, (I + L diag β)^-1 − I.
         residuals: z = v − (what the state held for k), in the strides of ``out``; or None where no gradient is wanted.
         SPLIT: what bf16 loses of the corrections is multiplied as well: a state is the sum of all of them, and what it
             has once got wrong stays.
@@ -68,56 +82,52 @@ def forward_kernel(
     """
     BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    batch, head = index // heads, index % heads
     column = part * COLUMNS
+    sequence, batch, head, first, count = span(index, cu_seqlens, heads, length)
+    number, key_number = numbers(batch, head, heads, group, length, first)
+    beta += number
+    if log_decay is not None:
+        log_decay += number
+    if q_factors is not None:
+        q_factors += key_number
+        k_factors += key_number
+    inverse += first_slot(sequence, batch, head, heads, first, slots, cu_seqlens, CHUNK) * (CHUNK * CHUNK)
+    length = count
     chunks = tl.cdiv(length, CHUNK)
     padded = chunks * CHUNK
-    q_strides = (q_b, q_h, q_n, q_d)
-    if TMA:
-        q = described(q, q_strides, batch, head, length, CHUNK, BLOCK_D, D)
-    k_strides = (k_b, k_h, k_n, k_d)
-    if TMA:
-        k = described(k, k_strides, batch, head, length, CHUNK, BLOCK_D, D)
-    v_strides = (v_b, v_h, v_n, v_d)
-    if TMA:
-        v = described(v, v_strides, batch, head, length, CHUNK, COLUMNS, M)
-    out_strides = (out_b, out_h, out_n, out_d)
-    if TMA:
-        out = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, M)
+    q = placed(q, (q_b, q_h, q_n), batch, head // group, first)
+    k = placed(k, (k_b, k_h, k_n), batch, head // group, first)
+    v = placed(v, (v_b, v_h, v_n), batch, head, first)
+    out = placed(out, (out_b, out_h, out_n), batch, head, first)
+    q_steps, k_steps, v_steps, out_steps = (q_n, q_d), (k_n, k_d), (v_n, v_d), (out_n, out_d)
+    inverse_steps = (CHUNK, 1)
     if residuals is not None:
-        residuals_strides = (out_b, out_h, out_n, out_d)
+        residuals = placed(residuals, (out_b, out_h, out_n), batch, head, first)
         if TMA:
-            residuals = described(residuals, residuals_strides, batch, head, length, CHUNK, COLUMNS, M)
-    inverse_strides = (0, 0, CHUNK, 1)
-    inverse += index.to(tl.int64) * padded * CHUNK
+            residuals = described_placed(residuals, out_steps, length, CHUNK, COLUMNS, M)
     if TMA:
-        inverse = described(inverse, inverse_strides, batch, head, padded, CHUNK, CHUNK, CHUNK)
+        q = described_placed(q, q_steps, length, CHUNK, BLOCK_D, D)
+        k = described_placed(k, k_steps, length, CHUNK, BLOCK_D, D)
+        v = described_placed(v, v_steps, length, CHUNK, COLUMNS, M)
+        out = described_placed(out, out_steps, length, CHUNK, COLUMNS, M)
+        inverse = described_placed(inverse, inverse_steps, padded, CHUNK, CHUNK, CHUNK)
     state = tl.zeros([BLOCK_D, COLUMNS], dtype=ACC)
     inside = (tl.arange(0, BLOCK_D) < D)[:, None] & (column + tl.arange(0, COLUMNS) < M)[None, :]
     if before is not None:
-        places = state_places(
-            before, (before_b, before_h, before_d, before_m), batch, head, 0, column, BLOCK_D, COLUMNS
-        )
-        state = tl.load(places, mask=inside, other=0.0).to(ACC)
+        before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
+        where = places(before, (before_d, before_m), 0, column, BLOCK_D, COLUMNS)
+        state = tl.load(where, mask=inside, other=0.0).to(ACC)
     tokens = tl.arange(0, CHUNK)
     visible = tokens[:, None] >= tokens[None, :]
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         row = chunk * CHUNK
-        keys, of_keys = load_rows(
-            k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, TMA
-        )
-        queries, of_queries = load_rows(
-            q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, TMA
-        )
-        values = load_tile(v, v_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, TMA).to(ACC)
-        solve = operand(
-            load_tile(inverse, inverse_strides, batch, head, row, 0, padded, CHUNK, CHUNK, CHUNK, TMA), OPERAND
-        )
-        weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
+        keys, of_keys = load_rows(k, k_steps, k_factors, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, TMA)
+        queries, of_queries = load_rows(q, q_steps, q_factors, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, TMA)
+        values = load_placed(v, v_steps, row, column, length, CHUNK, COLUMNS, M, TMA).to(ACC)
+        solve = operand(load_placed(inverse, inverse_steps, row, 0, padded, CHUNK, CHUNK, CHUNK, TMA), OPERAND)
+        weight = load_numbers(beta, row, length, CHUNK, ACC)
         if log_decay is not None:
-            sums, since_start, to_end, over_chunk = chunk_decays(
-                log_decay, batch, head, heads, row, length, CHUNK, OPERAND, ACC
-            )
+            sums, since_start, to_end, over_chunk = chunk_decays(log_decay, row, length, CHUNK, OPERAND, ACC)
 
         past = operand(state, OPERAND)
         held = tl.dot(keys, past, input_precision=PRECISION, out_dtype=ACC)
@@ -128,7 +138,7 @@ def forward_kernel(
         residual = values - held
         residual = tl.dot(solve, operand(residual, OPERAND), residual, input_precision=PRECISION, out_dtype=ACC)
         if residuals is not None:
-            store_tile(residuals, residuals_strides, batch, head, row, column, length, residual, CHUNK, COLUMNS, M, TMA)
+            store_placed(residuals, out_steps, row, column, length, residual, CHUNK, COLUMNS, M, TMA)
         corrections = residual * weight[:, None]
 
         acc = tl.dot(queries, past, input_precision=PRECISION, out_dtype=ACC)
@@ -146,7 +156,7 @@ def forward_kernel(
         if SPLIT:
             lost = rest(corrections, written, OPERAND)
             acc = tl.dot(weights, lost, acc, input_precision=PRECISION, out_dtype=ACC)
-        store_tile(out, out_strides, batch, head, row, column, length, acc * scale, CHUNK, COLUMNS, M, TMA)
+        store_placed(out, out_steps, row, column, length, acc * scale, CHUNK, COLUMNS, M, TMA)
 
         writing = of_keys
         if log_decay is not None:
@@ -159,5 +169,5 @@ def forward_kernel(
             lost = rest(corrections, written, OPERAND)
             state = tl.dot(tl.trans(keys), lost, state, input_precision=PRECISION, out_dtype=ACC)
     if after is not None:
-        places = matrix_places(after, index, column, D, M, BLOCK_D, COLUMNS)
-        tl.store(places, state, mask=inside)
+        where = matrix_places(after, index, column, D, M, BLOCK_D, COLUMNS)
+        tl.store(where, state, mask=inside)

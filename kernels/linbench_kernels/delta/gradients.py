@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import load_row, load_tile, operand, store_row, store_tile
+from linbench_kernels.additive.tiles import load_numbers, load_placed, operand, placed, store_numbers, store_placed
 from linbench_kernels.delta.rows import chunk_decays, load_rows, matrix_places
+from linbench_kernels.delta.slots import chunk_span, numbers
 
 
 @triton.jit
-def through_norm(gradient, rows, left, factors, batch, head, heads, row, length, ROWS: tl.constexpr, ACC: tl.constexpr):
+def through_norm(gradient, rows, left, factors, row, length, ROWS: tl.constexpr, ACC: tl.constexpr):
     """The gradient of rows before they were divided by their norms: what is at a right angle to them, over the norm.
 
     Args:
@@ -16,7 +17,7 @@ def through_norm(gradient, rows, left, factors, batch, head, heads, row, length,
     """
     if factors is not None:
         along = left * left * tl.sum(gradient * rows.to(ACC), 1)
-        factor = load_row(factors, batch, head, heads, row, length, ROWS, ACC)
+        factor = load_numbers(factors, row, length, ROWS, ACC)
         gradient = (gradient - rows.to(ACC) * along[:, None]) * factor[:, None]
     return gradient
 
@@ -47,14 +48,11 @@ def from_each(dots):
 @triton.jit
 def scores(
     x,
-    x_strides,
+    x_steps,
     x_factors,
     y,
-    y_strides,
+    y_steps,
     y_factors,
-    batch,
-    head,
-    heads,
     row,
     length,
     CHUNK: tl.constexpr,
@@ -65,37 +63,30 @@ def scores(
     PRECISION: tl.constexpr,
 ):
     """Products of rows, their factors left out: made before all else, when registers are free; rows are loaded anew."""
-    rows, _ = load_rows(
-        x, x_strides, x_factors, batch, head, heads, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC, False
-    )
-    others, _ = load_rows(
-        y, y_strides, y_factors, batch, head, heads, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC, False
-    )
+    rows, _ = load_rows(x, x_steps, x_factors, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC, False)
+    others, _ = load_rows(y, y_steps, y_factors, row, length, CHUNK, BLOCK, WIDTH, OPERAND, ACC, False)
     return tl.dot(rows, tl.trans(others), input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
 def query_part(
     q,
-    q_strides,
+    q_steps,
     k,
-    k_strides,
+    k_steps,
     residuals,
-    residuals_strides,
+    residuals_steps,
     out_grad,
-    out_grad_strides,
+    out_grad_steps,
     q_factors,
     k_factors,
     beta,
     log_decay,
     states,
     q_grad,
-    q_grad_strides,
+    q_grad_steps,
     decay_dots,
     place,
-    batch,
-    head,
-    heads,
     row,
     length,
     scale,
@@ -113,14 +104,11 @@ def query_part(
     if log_decay is not None:
         crossing = scores(
             q,
-            q_strides,
+            q_steps,
             q_factors,
             k,
-            k_strides,
+            k_steps,
             k_factors,
-            batch,
-            head,
-            heads,
             row,
             length,
             CHUNK,
@@ -130,32 +118,26 @@ def query_part(
             ACC,
             PRECISION,
         )
-    weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
+    weight = load_numbers(beta, row, length, CHUNK, ACC)
     pairs = tl.zeros([CHUNK, CHUNK], dtype=ACC)
     gradient = tl.zeros([CHUNK, BLOCK_D], dtype=ACC)
     for block in tl.range(0, (M + COLUMNS - 1) // COLUMNS, num_stages=STAGES):
         column = block * COLUMNS
-        out_grads = load_tile(out_grad, out_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False)
-        corrections = load_tile(
-            residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False
-        )
+        out_grads = load_placed(out_grad, out_grad_steps, row, column, length, CHUNK, COLUMNS, M, False)
+        corrections = load_placed(residuals, residuals_steps, row, column, length, CHUNK, COLUMNS, M, False)
         state = load_columns(states, place, column, D, M, BLOCK_D, COLUMNS, OPERAND)
         out_grads = operand(out_grads, OPERAND)
         corrections = operand(corrections.to(ACC) * weight[:, None], OPERAND)
         gradient = tl.dot(out_grads, tl.trans(state), gradient, input_precision=PRECISION, out_dtype=ACC)
         pairs = tl.dot(out_grads, tl.trans(corrections), pairs, input_precision=PRECISION, out_dtype=ACC)
-    keys, of_keys = load_rows(
-        k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
-    )
-    queries, of_queries = load_rows(
-        q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
-    )
+    keys, of_keys = load_rows(k, k_steps, k_factors, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False)
+    queries, of_queries = load_rows(q, q_steps, q_factors, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False)
     tokens = tl.arange(0, CHUNK)
     visible = tokens[:, None] >= tokens[None, :]
     pairs = tl.where(visible, pairs, 0.0) * (of_keys * scale)[None, :]
     since = tl.full([CHUNK], scale, dtype=ACC)
     if log_decay is not None:
-        sums, since_start, _, _ = chunk_decays(log_decay, batch, head, heads, row, length, CHUNK, OPERAND, ACC)
+        sums, since_start, _, _ = chunk_decays(log_decay, row, length, CHUNK, OPERAND, ACC)
         since *= since_start
         pairs *= tl.exp2(tl.where(visible, sums[:, None] - sums[None, :], 0.0).to(ACC))
     gradient *= since[:, None]
@@ -164,24 +146,24 @@ def query_part(
         crossing *= pairs
         crossing = tl.where(tokens[:, None] > tokens[None, :], crossing * of_queries[:, None], 0.0)
         dots = of_queries * dots + tl.sum(crossing, 1) - tl.sum(crossing, 0)
-        store_row(decay_dots, batch, head, heads, row, length, from_each(dots), CHUNK)
+        store_numbers(decay_dots, row, length, from_each(dots), CHUNK)
     gradient = tl.dot(operand(pairs, OPERAND), keys, gradient, input_precision=PRECISION, out_dtype=ACC)
-    gradient = through_norm(gradient, queries, of_queries, q_factors, batch, head, heads, row, length, CHUNK, ACC)
-    store_tile(q_grad, q_grad_strides, batch, head, row, 0, length, gradient, CHUNK, BLOCK_D, D, False)
+    gradient = through_norm(gradient, queries, of_queries, q_factors, row, length, CHUNK, ACC)
+    store_placed(q_grad, q_grad_steps, row, 0, length, gradient, CHUNK, BLOCK_D, D, False)
 
 
 @triton.jit
 def key_part(
     q,
-    q_strides,
+    q_steps,
     k,
-    k_strides,
+    k_steps,
     residuals,
-    residuals_strides,
+    residuals_steps,
     out_grad,
-    out_grad_strides,
+    out_grad_steps,
     v_grad,
-    v_grad_strides,
+    v_grad_steps,
     q_factors,
     k_factors,
     beta,
@@ -189,12 +171,9 @@ def key_part(
     states,
     state_grads,
     k_grad,
-    k_grad_strides,
+    k_grad_steps,
     decay_dots,
     place,
-    batch,
-    head,
-    heads,
     row,
     length,
     scale,
@@ -216,14 +195,11 @@ def key_part(
     if log_decay is not None:
         crossing = scores(
             k,
-            k_strides,
+            k_steps,
             k_factors,
             k,
-            k_strides,
+            k_steps,
             k_factors,
-            batch,
-            head,
-            heads,
             row,
             length,
             CHUNK,
@@ -233,7 +209,7 @@ def key_part(
             ACC,
             PRECISION,
         )
-    weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
+    weight = load_numbers(beta, row, length, CHUNK, ACC)
     pairs = tl.zeros([CHUNK, CHUNK], dtype=ACC)
     turned = tl.zeros([CHUNK, CHUNK], dtype=ACC)
     query_turned = tl.zeros([CHUNK, CHUNK], dtype=ACC)
@@ -242,11 +218,9 @@ def key_part(
     met = tl.zeros([BLOCK_D], dtype=ACC)
     for block in tl.range(0, (M + COLUMNS - 1) // COLUMNS, num_stages=STAGES):
         column = block * COLUMNS
-        out_grads = load_tile(out_grad, out_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False)
-        v_grads = load_tile(v_grad, v_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False)
-        corrections = load_tile(
-            residuals, residuals_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, False
-        )
+        out_grads = load_placed(out_grad, out_grad_steps, row, column, length, CHUNK, COLUMNS, M, False)
+        v_grads = load_placed(v_grad, v_grad_steps, row, column, length, CHUNK, COLUMNS, M, False)
+        corrections = load_placed(residuals, residuals_steps, row, column, length, CHUNK, COLUMNS, M, False)
         state = load_columns(states, place, column, D, M, BLOCK_D, COLUMNS, OPERAND)
         state_grad = load_columns(state_grads, place, column, D, M, BLOCK_D, COLUMNS, OPERAND)
         out_grads, v_grads = operand(out_grads, OPERAND), operand(v_grads, OPERAND)
@@ -258,21 +232,15 @@ def key_part(
         turned = tl.dot(corrections, tl.trans(v_grads), turned, input_precision=PRECISION, out_dtype=ACC)
         query_turned = tl.dot(corrections, tl.trans(out_grads), query_turned, input_precision=PRECISION, out_dtype=ACC)
         pairs = tl.dot(v_grads, tl.trans(corrections), pairs, input_precision=PRECISION, out_dtype=ACC)
-    keys, of_keys = load_rows(
-        k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
-    )
-    queries, of_queries = load_rows(
-        q, q_strides, q_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
-    )
+    keys, of_keys = load_rows(k, k_steps, k_factors, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False)
+    queries, of_queries = load_rows(q, q_steps, q_factors, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False)
     tokens = tl.arange(0, CHUNK)
     earlier = tokens[:, None] > tokens[None, :]
     later = tokens[:, None] < tokens[None, :]
     same = tokens[:, None] == tokens[None, :]
     query_turned = tl.where(earlier, 0.0, query_turned) * (of_queries * scale)[None, :]
     if log_decay is not None:
-        sums, since_start, to_end, over_chunk = chunk_decays(
-            log_decay, batch, head, heads, row, length, CHUNK, OPERAND, ACC
-        )
+        sums, since_start, to_end, over_chunk = chunk_decays(log_decay, row, length, CHUNK, OPERAND, ACC)
         reading *= since_start[:, None]
         writing *= to_end[:, None]
         kept = of_keys * tl.sum(keys.to(ACC) * writing, 1)
@@ -287,16 +255,16 @@ def key_part(
         crossing = tl.where(earlier, -crossing * pairs * of_keys[:, None] * of_keys[None, :], 0.0)
         dots += tl.sum(crossing, 1) - tl.sum(crossing, 0)
         all_through = tl.cumsum(kept, 0) - kept + over_chunk * tl.sum(met, 0)
-        store_row(decay_dots, batch, head, heads, row, length, from_each(dots) + all_through, CHUNK)
+        store_numbers(decay_dots, row, length, from_each(dots) + all_through, CHUNK)
     both = tl.where(same, 0.0, tl.where(later, turned, pairs)) * -of_keys[None, :]
     query_turned = operand(query_turned, OPERAND)
     gradient = tl.dot(query_turned, queries, gradient, input_precision=PRECISION, out_dtype=ACC)
     gradient = tl.dot(operand(both, OPERAND), keys, gradient, input_precision=PRECISION, out_dtype=ACC)
-    gradient = through_norm(gradient, keys, of_keys, k_factors, batch, head, heads, row, length, CHUNK, ACC)
-    store_tile(k_grad, k_grad_strides, batch, head, row, 0, length, gradient, CHUNK, BLOCK_D, D, False)
+    gradient = through_norm(gradient, keys, of_keys, k_factors, row, length, CHUNK, ACC)
+    store_placed(k_grad, k_grad_steps, row, 0, length, gradient, CHUNK, BLOCK_D, D, False)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "slots", "decay_dots_part"])
 def gradients_kernel(
     q,
     k,
@@ -312,6 +280,8 @@ def gradients_kernel(
     q_grad,
     k_grad,
     decay_dots,
+    cu_seqlens,
+    sequences,
     q_b,
     q_h,
     q_n,
@@ -340,8 +310,11 @@ def gradients_kernel(
     k_grad_h,
     k_grad_n,
     k_grad_d,
+    decay_dots_part,
     heads,
+    group,
     length,
+    slots,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -353,43 +326,54 @@ def gradients_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One chunk. Grid (B·H · chunks · 2,): one program for the gradient of q, one for that of k.
+    """One chunk. Grid (B·H · slots · 2,): one program for the gradient of q, one for that of k.
 
     The gradient of a log decay is the sum of what goes across its token: pairs of tokens on both sides of it, the state
     that enters the chunk read from it on, what is written before it and kept, and the state that goes through. No two
     large sums are subtracted but those of the pairs, which are the same numbers in both.
 
     Args:
-        states: ``[B, H, chunks, D, M]``, before every chunk; ``state_grads``: gradients of those after it.
+        states: ``[B, H, slots, D, M]``, before every chunk; ``state_grads``: gradients of those after it.
+        sequences: as of :func:`chunk_span`.
         decay_dots: ``[2, B, H, N]``, where there are decays, whose gradient is their sum.
     """
-    chunks = tl.cdiv(length, CHUNK)
     part, place = tl.program_id(0) % 2, (tl.program_id(0) // 2).to(tl.int64)
-    chunk, index = place % chunks, place // chunks
-    batch, head = index // heads, index % heads
-    row = chunk * CHUNK
+    batch, head, first, count, row = chunk_span(place, cu_seqlens, sequences, heads, length, slots, CHUNK)
+    if cu_seqlens is not None:
+        if row >= count:
+            return
+    number, key_number = numbers(batch, head, heads, group, length, first)
+    beta += number
+    if log_decay is not None:
+        log_decay += number
+        decay_dots += number
+    if q_factors is not None:
+        q_factors += key_number
+        k_factors += key_number
+    length = count
+    q = placed(q, (q_b, q_h, q_n), batch, head // group, first)
+    k = placed(k, (k_b, k_h, k_n), batch, head // group, first)
+    residuals = placed(residuals, (residuals_b, residuals_h, residuals_n), batch, head, first)
+    out_grad = placed(out_grad, (out_grad_b, out_grad_h, out_grad_n), batch, head, first)
     if part == 0:
         query_part(
             q,
-            (q_b, q_h, q_n, q_d),
+            (q_n, q_d),
             k,
-            (k_b, k_h, k_n, k_d),
+            (k_n, k_d),
             residuals,
-            (residuals_b, residuals_h, residuals_n, residuals_d),
+            (residuals_n, residuals_d),
             out_grad,
-            (out_grad_b, out_grad_h, out_grad_n, out_grad_d),
+            (out_grad_n, out_grad_d),
             q_factors,
             k_factors,
             beta,
             log_decay,
             states,
-            q_grad,
-            (q_grad_b, q_grad_h, q_grad_n, q_grad_d),
+            placed(q_grad, (q_grad_b, q_grad_h, q_grad_n), batch, head, first),
+            (q_grad_n, q_grad_d),
             decay_dots,
             place,
-            batch,
-            head,
-            heads,
             row,
             length,
             scale,
@@ -406,31 +390,28 @@ def gradients_kernel(
     else:
         second = decay_dots
         if log_decay is not None:
-            second += (tl.num_programs(0) // 2 // chunks).to(tl.int64) * length
+            second += decay_dots_part
         key_part(
             q,
-            (q_b, q_h, q_n, q_d),
+            (q_n, q_d),
             k,
-            (k_b, k_h, k_n, k_d),
+            (k_n, k_d),
             residuals,
-            (residuals_b, residuals_h, residuals_n, residuals_d),
+            (residuals_n, residuals_d),
             out_grad,
-            (out_grad_b, out_grad_h, out_grad_n, out_grad_d),
-            v_grad,
-            (v_grad_b, v_grad_h, v_grad_n, v_grad_d),
+            (out_grad_n, out_grad_d),
+            placed(v_grad, (v_grad_b, v_grad_h, v_grad_n), batch, head, first),
+            (v_grad_n, v_grad_d),
             q_factors,
             k_factors,
             beta,
             log_decay,
             states,
             state_grads,
-            k_grad,
-            (k_grad_b, k_grad_h, k_grad_n, k_grad_d),
+            placed(k_grad, (k_grad_b, k_grad_h, k_grad_n), batch, head, first),
+            (k_grad_n, k_grad_d),
             second,
             place,
-            batch,
-            head,
-            heads,
             row,
             length,
             scale,

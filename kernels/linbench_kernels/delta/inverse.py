@@ -8,8 +8,9 @@ Z = (I + L diag β)^-1 Y, and the gradient goes back through (I + diag β L)^-T.
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import load_row, load_tile, operand, store_row, store_tile
+from linbench_kernels.additive.tiles import load_numbers, load_placed, operand, placed, store_numbers, store_placed
 from linbench_kernels.delta.rows import chunk_decays, inverse_norms, load_rows
+from linbench_kernels.delta.slots import chunk_span, numbers
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def inverted(a, COUNT: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr
         return tl.reshape(tl.permute(rows, [0, 4, 1, 3, 2]), [COUNT, SIZE, SIZE])
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "slots"])
 def inverse_kernel(
     q,
     k,
@@ -58,6 +59,8 @@ def inverse_kernel(
     beta,
     log_decay,
     inverse,
+    cu_seqlens,
+    sequences,
     q_b,
     q_h,
     q_n,
@@ -67,7 +70,9 @@ def inverse_kernel(
     k_n,
     k_d,
     heads,
+    group,
     length,
+    slots,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -77,42 +82,51 @@ def inverse_kernel(
     PRECISION: tl.constexpr,
     SOLVE: tl.constexpr,
 ):
-    """(I + L diag β)^-1, or (I + diag β L)^-T if TRANSPOSED, of one chunk, less I. Grid (B·H · chunks,).
+    """(I + L diag β)^-1, or (I + diag β L)^-T if TRANSPOSED, of one chunk, less I. Grid (B·H · slots,).
 
     The diagonal is all ones: without it what is rounded to bf16 is only what is added to an operand of full precision.
 
     Args:
         q: None, or what is to have norm one, as k: factors are written; without it they are read, or None for ones.
-        q_factors: ``[B, H, N]``, one over the norms of q; ``k_factors`` the same of k.
+        q_factors: ``[B, G, N]``, one over the norms of q; ``k_factors`` the same of k.
         beta: ``[B, H, N]``; ``log_decay`` the same, or None.
-        inverse: ``[B, H, chunks · CHUNK, CHUNK]``.
+        inverse: ``[B, H, slots · CHUNK, CHUNK]``; ``sequences`` as of :func:`chunk_span`.
         SOLVE: precision of the products of the inverse, in which operands are fp32 or fp64.
     """
-    chunks = tl.cdiv(length, CHUNK)
-    chunk, index = tl.program_id(0) % chunks, tl.program_id(0) // chunks
-    batch, head = index // heads, index % heads
-    row = chunk * CHUNK
-    k_strides, q_strides = (k_b, k_h, k_n, k_d), (q_b, q_h, q_n, q_d)
+    place = tl.program_id(0).to(tl.int64)
+    batch, head, first, count, row = chunk_span(place, cu_seqlens, sequences, heads, length, slots, CHUNK)
+    if cu_seqlens is not None:
+        if row >= count:
+            return
+    number, key_number = numbers(batch, head, heads, group, length, first)
+    beta += number
+    if log_decay is not None:
+        log_decay += number
+    if k_factors is not None:
+        q_factors += key_number
+        k_factors += key_number
+    length = count
+    k = placed(k, (k_b, k_h, k_n), batch, head // group, first)
+    k_steps = (k_n, k_d)
     if q is not None:
-        queries = load_tile(q, q_strides, batch, head, row, 0, length, CHUNK, BLOCK_D, D, False)
-        store_row(q_factors, batch, head, heads, row, length, inverse_norms(queries, ACC), CHUNK)
-        keys = load_tile(k, k_strides, batch, head, row, 0, length, CHUNK, BLOCK_D, D, False)
+        q = placed(q, (q_b, q_h, q_n), batch, head // group, first)
+        queries = load_placed(q, (q_n, q_d), row, 0, length, CHUNK, BLOCK_D, D, False)
+        store_numbers(q_factors, row, length, inverse_norms(queries, ACC), CHUNK)
+        keys = load_placed(k, k_steps, row, 0, length, CHUNK, BLOCK_D, D, False)
         factors = inverse_norms(keys, ACC)
-        store_row(k_factors, batch, head, heads, row, length, factors, CHUNK)
+        store_numbers(k_factors, row, length, factors, CHUNK)
         if OPERAND != "bf16":
             keys = keys.to(ACC) * factors[:, None]
             factors = tl.full([CHUNK], 1.0, dtype=ACC)
         keys = operand(keys, OPERAND)
     else:
-        keys, factors = load_rows(
-            k, k_strides, k_factors, batch, head, heads, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False
-        )
-    weight = load_row(beta, batch, head, heads, row, length, CHUNK, ACC)
+        keys, factors = load_rows(k, k_steps, k_factors, row, length, CHUNK, BLOCK_D, D, OPERAND, ACC, False)
+    weight = load_numbers(beta, row, length, CHUNK, ACC)
     tokens = tl.arange(0, CHUNK)
     later = tokens[:, None] > tokens[None, :]
     scores = tl.dot(keys, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
     if log_decay is not None:
-        sums, _, _, _ = chunk_decays(log_decay, batch, head, heads, row, length, CHUNK, OPERAND, ACC)
+        sums, _, _, _ = chunk_decays(log_decay, row, length, CHUNK, OPERAND, ACC)
         scores *= tl.exp2(tl.where(later, sums[:, None] - sums[None, :], 0.0).to(ACC))
     if TRANSPOSED:
         scores *= (weight * factors)[:, None] * factors[None, :]
@@ -123,7 +137,4 @@ def inverse_kernel(
     solved = tl.where(later, solved, 0.0)
     if TRANSPOSED:
         solved = tl.trans(solved)
-    padded = chunks * CHUNK
-    strides = (0, 0, CHUNK, 1)
-    first = index.to(tl.int64) * padded * CHUNK
-    store_tile(inverse + first, strides, batch, head, row, 0, padded, solved, CHUNK, CHUNK, CHUNK, False)
+    store_placed(inverse + place * (CHUNK * CHUNK), (CHUNK, 1), row * 0, 0, CHUNK, solved, CHUNK, CHUNK, CHUNK, False)

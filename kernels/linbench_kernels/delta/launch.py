@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,17 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block
-from linbench_kernels.additive.launch import described, products, scratch, small, strides
+from linbench_kernels.additive.launch import (
+    arch_of,
+    described,
+    of_every_head,
+    of_groups,
+    products,
+    scratch,
+    sequences_of,
+    small,
+    strides,
+)
 from linbench_kernels.delta.configs import Task, chunk, config
 from linbench_kernels.delta.forward import forward_kernel
 from linbench_kernels.delta.gradients import gradients_kernel
@@ -18,19 +29,13 @@ from linbench_kernels.delta.inverse import inverse_kernel
 from linbench_kernels.delta.reverse import reverse_kernel
 from linbench_kernels.delta.states import states_kernel
 from linbench_kernels.delta.step import step_kernel
-from linbench_kernels.device import architecture
 
 STORED = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 """What is stored between kernels has the dtype in which it is multiplied."""
 
 
-def arch_of(x: Tensor) -> str:
-    """The architecture that a tensor lives on."""
-    return architecture(x.device.index or 0)
-
-
 Factors = tuple[Tensor | None, Tensor | None]
-"""One over the norms of q and of k, ``[B, H, N]`` each, or None twice."""
+"""One over the norms of q and of k, ``[B, G, N]`` each, or None twice."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Sizes:
 
     batch: int
     heads: int
+    key_heads: int
     length: int
     key_dim: int
     value_dim: int
@@ -46,6 +52,9 @@ class Sizes:
     numbers: Arithmetic
     decay: bool
     backward: bool
+    cu_seqlens: Tensor | None
+    sequences: int
+    """S."""
 
     @property
     def chunk(self) -> int:
@@ -53,9 +62,25 @@ class Sizes:
         return chunk(self.arch, self.operand_bytes, self.key_dim, self.value_dim, self.backward)
 
     @property
-    def chunks(self) -> int:
-        """⌈N / C⌉."""
-        return int(triton.cdiv(self.length, self.chunk))
+    def slots(self) -> int:
+        """Of chunks, see ``slots.py``: ⌈N / C⌉, or with packed sequences some that stay empty."""
+        if self.cu_seqlens is None:
+            return int(triton.cdiv(self.length, self.chunk))
+        return self.length // self.chunk + self.sequences
+
+    @functools.cached_property
+    def sequence_of_slot(self) -> Tensor | None:
+        """``[slots]``, for packed sequences."""
+        if self.cu_seqlens is None:
+            return None
+        numbers = torch.arange(self.slots, device=self.cu_seqlens.device)
+        firsts = self.cu_seqlens[:-1].long() // self.chunk + numbers[: self.sequences]
+        return torch.searchsorted(firsts, numbers, right=True) - 1
+
+    @property
+    def programs(self) -> int:
+        """Of scans, for every block of columns; none where there is nothing to do."""
+        return self.sequences * self.heads
 
     @property
     def operand_bytes(self) -> int:
@@ -93,35 +118,51 @@ class Sizes:
         }
 
 
-def sizes(q: Tensor, v: Tensor, log_decay: Tensor | None, backward: bool = False) -> Sizes:
+def sizes(q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, backward: bool = False) -> Sizes:
     """Of a call."""
     arch = arch_of(q)
-    batch, heads, length, key_dim = q.shape
-    numbers = arithmetic(q.dtype, arch)
-    return Sizes(batch, heads, length, key_dim, v.shape[-1], arch, numbers, log_decay is not None, backward)
+    batch, heads, length, value_dim = v.shape
+    return Sizes(
+        batch,
+        heads,
+        q.shape[1],
+        length,
+        q.shape[-1],
+        value_dim,
+        arch,
+        arithmetic(q.dtype, arch),
+        log_decay is not None,
+        backward,
+        small(cu_seqlens),
+        sequences_of(v, cu_seqlens),
+    )
 
 
 def inverse(
     q: Tensor | None, k: Tensor, factors: Factors, beta: Tensor, log_decay: Tensor | None, of: Sizes, transposed: bool
 ) -> Tensor:
-    """(I + L diag β)^-1 of every chunk, or (I + diag β L)^-T, less I; ``[B, H, chunks · C, C]``.
+    """(I + L diag β)^-1 of every chunk, or (I + diag β L)^-T, less I; ``[B, H, slots · C, C]``.
 
     With q, the factors of q and k are written.
     """
-    shape = (of.batch, of.heads, of.chunks * of.chunk, of.chunk)
+    shape = (of.batch, of.heads, of.slots * of.chunk, of.chunk)
     result = k.new_empty(shape, dtype=STORED[of.numbers.operand])
     chosen = of.config("inverse", k)
-    inverse_kernel[(of.batch * of.heads * of.chunks,)](
+    inverse_kernel[(of.batch * of.heads * of.slots,)](
         q,
         k,
         *factors,
         beta,
         log_decay,
         result,
+        of.cu_seqlens,
+        of.sequence_of_slot,
         *strides(q),
         *k.stride(),
         of.heads,
+        of.heads // of.key_heads,
         of.length,
+        of.slots,
         D=of.key_dim,
         BLOCK_D=block(of.key_dim),
         CHUNK=of.chunk,
@@ -140,26 +181,27 @@ def forward(
     beta: Tensor,
     log_decay: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     unit: bool,
     keep_state: bool,
     keep_residuals: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, the final state, the residuals v − (what the state held), factors ``[2, B, H, N]``; empty if not wanted."""
-    of = sizes(q, v, log_decay)
+    """o, the final state, the residuals v − (what the state held), factors ``[2, B, G, N]``; empty if not wanted."""
+    of = sizes(q, v, log_decay, cu_seqlens)
     beta, log_decay = beta.contiguous(), small(log_decay)
     out = torch.empty_like(v)
     residuals = torch.empty_like(out) if keep_residuals else None
-    shape = (of.batch, of.heads, of.key_dim, of.value_dim)
+    shape = (of.sequences, of.heads, of.key_dim, of.value_dim)
     state = q.new_empty(shape, dtype=of.numbers.state) if keep_state else None
-    both = q.new_empty(2, of.batch, of.heads, of.length, dtype=of.numbers.state) if unit else None
+    both = q.new_empty(2, of.batch, of.key_heads, of.length, dtype=of.numbers.state) if unit else None
     factors: Factors = (None, None) if both is None else (both[0], both[1])
-    if of.batch * of.heads:
+    if of.programs:
         solve = inverse(q if unit else None, k, factors, beta, log_decay, of, transposed=False)
         chosen = of.config("forward", q, k, v, out, solve)
         if chosen.tma:
             triton.set_allocator(scratch)
-        forward_kernel[(of.batch * of.heads * triton.cdiv(of.value_dim, of.columns(chosen)),)](
+        forward_kernel[(of.programs * triton.cdiv(of.value_dim, of.columns(chosen)),)](
             q,
             k,
             v,
@@ -171,13 +213,16 @@ def forward(
             residuals,
             initial_state,
             state,
+            of.cu_seqlens,
             *q.stride(),
             *k.stride(),
             *v.stride(),
             *out.stride(),
             *strides(initial_state),
             of.heads,
+            of.heads // of.key_heads,
             of.length,
+            of.slots,
             scale=scale,
             **of.settings(chosen),
             SPLIT=of.numbers.operand == "bf16",
@@ -198,27 +243,28 @@ def backward(
     beta: Tensor,
     log_decay: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, β, the log decay and the initial state; empty for None."""
-    of = sizes(q, residuals, log_decay, backward=True)
+    of = sizes(q, residuals, log_decay, cu_seqlens, backward=True)
     norms: Factors = (None, None) if factors is None else (factors[0], factors[1])
     beta_dtype = beta.dtype
     beta, decay = beta.contiguous(), small(log_decay)
-    q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q, k, residuals))
+    q_grad, k_grad, v_grad = of_every_head(q, of.heads), of_every_head(k, of.heads), torch.empty_like(residuals)
     per_token = (of.batch, of.heads, of.length)
     decay_dots = None if decay is None else decay.new_empty(2, *per_token, dtype=of.numbers.state)
-    shape = (of.batch, of.heads, of.key_dim, of.value_dim)
+    shape = (of.sequences, of.heads, of.key_dim, of.value_dim)
     before_grad = None if initial_state is None else q.new_empty(shape, dtype=of.numbers.state)
     chosen = of.config("reverse", q, k, residuals, out_grad, v_grad)
     if chosen.tma:
         triton.set_allocator(scratch)
     blocks = triton.cdiv(of.value_dim, of.columns(chosen))
     beta_dots = q.new_empty(blocks, *per_token, dtype=of.numbers.state)
-    if of.batch * of.heads:
-        at_borders = (of.batch, of.heads, of.chunks, of.key_dim, of.value_dim)
+    if of.programs:
+        at_borders = (of.batch, of.heads, of.slots, of.key_dim, of.value_dim)
         state_grads = q.new_empty(at_borders, dtype=STORED[of.numbers.operand])
-        reverse_kernel[(of.batch * of.heads * blocks,)](
+        reverse_kernel[(of.programs * blocks,)](
             q,
             k,
             residuals,
@@ -232,21 +278,25 @@ def backward(
             state_grads,
             state_grad,
             before_grad,
+            of.cu_seqlens,
             *q.stride(),
             *k.stride(),
             *residuals.stride(),
             *out_grad.stride(),
             *v_grad.stride(),
             *strides(state_grad),
+            beta_dots.stride(0),
             of.heads,
+            of.heads // of.key_heads,
             of.length,
+            of.slots,
             scale=scale,
             **of.settings(chosen),
             TMA=chosen.tma,
         )
         states = states_before(k, norms[1], residuals, beta, decay, initial_state, of)
         chosen = of.config("gradients", q, k, residuals, out_grad)
-        gradients_kernel[(of.batch * of.heads * of.chunks * 2,)](
+        gradients_kernel[(of.batch * of.heads * of.slots * 2,)](
             q,
             k,
             residuals,
@@ -260,6 +310,8 @@ def backward(
             q_grad,
             k_grad,
             decay_dots,
+            of.cu_seqlens,
+            of.sequence_of_slot,
             *q.stride(),
             *k.stride(),
             *residuals.stride(),
@@ -267,8 +319,11 @@ def backward(
             *v_grad.stride(),
             *q_grad.stride(),
             *k_grad.stride(),
+            0 if decay_dots is None else decay_dots.stride(0),
             of.heads,
+            of.heads // of.key_heads,
             of.length,
+            of.slots,
             scale=scale,
             **of.settings(chosen),
         )
@@ -277,7 +332,7 @@ def backward(
         q.new_empty(0) if decay_dots is None or log_decay is None else decay_dots.sum(0).to(log_decay.dtype)
     )
     before = q.new_empty(0) if before_grad is None or initial_state is None else before_grad.to(initial_state.dtype)
-    return q_grad, k_grad, v_grad, beta_grad, log_decay_grad, before
+    return of_groups(q_grad, q), of_groups(k_grad, k), v_grad, beta_grad, log_decay_grad, before
 
 
 def states_before(
@@ -289,11 +344,11 @@ def states_before(
     initial_state: Tensor | None,
     of: Sizes,
 ) -> Tensor:
-    """The state before every chunk, ``[B, H, chunks, D, M]``."""
-    shape = (of.batch, of.heads, of.chunks, of.key_dim, of.value_dim)
+    """The state before every chunk, ``[B, H, slots, D, M]``."""
+    shape = (of.batch, of.heads, of.slots, of.key_dim, of.value_dim)
     states = k.new_empty(shape, dtype=STORED[of.numbers.operand])
     chosen = of.config("states", k, residuals)
-    states_kernel[(of.batch * of.heads * triton.cdiv(of.value_dim, of.columns(chosen)),)](
+    states_kernel[(of.programs * triton.cdiv(of.value_dim, of.columns(chosen)),)](
         k,
         residuals,
         factors,
@@ -301,11 +356,14 @@ def states_before(
         log_decay,
         initial_state,
         states,
+        of.cu_seqlens,
         *k.stride(),
         *residuals.stride(),
         *strides(initial_state),
         of.heads,
+        of.heads // of.key_heads,
         of.length,
+        of.slots,
         **of.settings(chosen),
     )
     return states
@@ -315,8 +373,8 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, log_decay: Tensor | None, scale: float, unit: bool
 ) -> Tensor:
     """One token: o ``[B, H, M]``; the state is changed."""
-    batch, heads, key_dim = q.shape
-    value_dim = v.shape[-1]
+    batch, heads, value_dim = v.shape
+    key_dim = q.shape[-1]
     out = v.new_empty(batch, heads, value_dim)
     columns = min(16 if key_dim > 64 else 32, block(value_dim))
     if batch * heads:
@@ -333,6 +391,7 @@ def step(
             *v.stride(),
             *state.stride(),
             heads,
+            heads // q.shape[1],
             scale=scale,
             D=key_dim,
             M=value_dim,

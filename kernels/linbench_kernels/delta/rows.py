@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.scan import decay_sums
-from linbench_kernels.additive.tiles import load_row, load_tile, operand
+from linbench_kernels.additive.scan import fading_sums
+from linbench_kernels.additive.tiles import load_numbers, load_placed, operand
 
 SMALLEST = tl.constexpr(1.1754943508222875e-38)
 """The smallest normal number of fp32: a row without an entry as large is taken as it is."""
@@ -27,11 +27,8 @@ def inverse_norms(x, ACC: tl.constexpr):
 @triton.jit
 def load_rows(
     x,
-    strides,
+    steps,
     factors,
-    batch,
-    head,
-    heads,
     row,
     length,
     ROWS: tl.constexpr,
@@ -41,30 +38,28 @@ def load_rows(
     ACC: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Whole rows of ``x[batch, head]`` as an operand, and what they are yet to be multiplied by, ``[ROWS]``.
+    """Whole rows of a head at ``x`` as an operand, and what they are yet to be multiplied by, ``[ROWS]``.
 
     Of bf16 the rows are left as they are: they go from memory to the tensor cores without passing registers, of which
     there are too few. What comes out of the products is multiplied by the factors. Other operands are multiplied here.
 
     Args:
-        factors: ``[B, H, N]``, or None for ones.
+        factors: ``[length]``, or None for ones.
     """
-    tile = load_tile(x, strides, batch, head, row, 0, length, ROWS, BLOCK, WIDTH, TMA)
+    tile = load_placed(x, steps, row, 0, length, ROWS, BLOCK, WIDTH, TMA)
     left = tl.full([ROWS], 1.0, dtype=ACC)
     if factors is not None:
         if OPERAND == "bf16":
-            left = load_row(factors, batch, head, heads, row, length, ROWS, ACC)
+            left = load_numbers(factors, row, length, ROWS, ACC)
         else:
-            tile = tile.to(ACC) * load_row(factors, batch, head, heads, row, length, ROWS, ACC)[:, None]
+            tile = tile.to(ACC) * load_numbers(factors, row, length, ROWS, ACC)[:, None]
     return operand(tile, OPERAND), left
 
 
 @triton.jit
-def chunk_decays(
-    log_decay, batch, head, heads, row, length, CHUNK: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr
-):
+def chunk_decays(log_decay, row, length, CHUNK: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr):
     """Sums of log2 decays in a chunk; decays since its start and up to its end, ``[CHUNK]``; and over all of it."""
-    sums, total = decay_sums(log_decay, batch, head, heads, row, length, "token", CHUNK, False, OPERAND, ACC)
+    sums, total = fading_sums(log_decay, row, length, "token", CHUNK, False, OPERAND, ACC)
     return sums, tl.exp2(sums.to(ACC)), tl.exp2((total - sums).to(ACC)), tl.exp2(total.to(ACC))
 
 

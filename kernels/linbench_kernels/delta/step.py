@@ -43,6 +43,7 @@ def step_kernel(
     state_d,
     state_m,
     heads,
+    group,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -59,8 +60,8 @@ def step_kernel(
     """
     index, column = tl.program_id(0), tl.program_id(1) * COLUMNS
     batch, head = index // heads, index % heads
-    query = unit_vector(load_vector(q, (q_b, q_h, q_d), batch, head, 0, D, BLOCK_D, ACC), UNIT)
-    key = unit_vector(load_vector(k, (k_b, k_h, k_d), batch, head, 0, D, BLOCK_D, ACC), UNIT)
+    query = unit_vector(load_vector(q, (q_b, q_h, q_d), batch, head // group, 0, D, BLOCK_D, ACC), UNIT)
+    key = unit_vector(load_vector(k, (k_b, k_h, k_d), batch, head // group, 0, D, BLOCK_D, ACC), UNIT)
     value = load_vector(v, (v_b, v_h, v_d), batch, head, column, M, COLUMNS, ACC)
     columns = column + tl.arange(0, COLUMNS)
     inside = (tl.arange(0, BLOCK_D) < D)[:, None] & (columns < M)[None, :]
