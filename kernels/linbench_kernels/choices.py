@@ -1,0 +1,91 @@
+"""Which configurations the wrappers choose: noted while they run, or others put in their place to try them.
+
+Every family has a module ``launch`` whose function ``config`` says how a task is compiled, and its wrappers ask nothing
+else. That is the one place where a choice can be seen or changed; calls are not slowed down by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import linbench_kernels
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one kernel is compiled for one kind of call."""
+
+    family: str
+    task: Any
+    """What of a call decides it: the ``Task`` of the family."""
+    config: Any
+    """The ``Config`` that its table has for that."""
+
+    @property
+    def kernel(self) -> str:
+        """Which kernel of the family, as its tasks name it."""
+        return str(getattr(self.task, "kernel", None) or getattr(self.task, "pass_", "all"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration by name."""
+        if dataclasses.is_dataclass(self.config) and not isinstance(self.config, type):
+            return dataclasses.asdict(self.config)
+        return {"config": str(self.config)}
+
+
+@functools.cache
+def families() -> dict[str, ModuleType]:
+    """The modules that launch kernels by a table, by the name of their family."""
+    found = {}
+    for package in pkgutil.iter_modules(linbench_kernels.__path__):
+        name = f"linbench_kernels.{package.name}.launch"
+        if package.ispkg and importlib.util.find_spec(name) is not None:
+            launch = importlib.import_module(name)
+            if callable(getattr(launch, "config", None)):
+                found[package.name] = launch
+    return found
+
+
+@contextlib.contextmanager
+def replaced(change: Callable[[Choice], Any]) -> Iterator[None]:
+    """What ``change`` says is taken meanwhile, in place of every configuration that a table gives."""
+    modules = families()
+    tables = {family: launch.config for family, launch in modules.items()}
+    try:
+        for family, launch in modules.items():
+            setattr(launch, "config", _changed(family, tables[family], change))  # noqa: B010  # a module's attribute
+        yield
+    finally:
+        for family, launch in modules.items():
+            setattr(launch, "config", tables[family])  # noqa: B010
+
+
+def _changed(family: str, table: Callable[..., Any], change: Callable[[Choice], Any]) -> Callable[..., Any]:
+    def config(*task: Any) -> Any:
+        return change(Choice(family, task[0] if len(task) == 1 else task, table(*task)))
+
+    return config
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[Choice]]:
+    """The choices that are made meanwhile, each once, in their order."""
+    kept: list[Choice] = []
+
+    def note(choice: Choice) -> Any:
+        if choice not in kept:
+            kept.append(choice)
+        return choice.config
+
+    with replaced(note):
+        yield kept
