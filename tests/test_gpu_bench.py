@@ -1,4 +1,4 @@
-"""The run on a GPU, without one: what it plans, how it goes on, what it makes of what fails, and what it says at the end."""
+"""A run on a GPU, without one: what it plans, how it goes on, what it makes of what fails, what it says at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -198,7 +198,7 @@ class Clock:
     """Stands in for the clocks of a device: notes whom it has called, and has a time for each."""
 
     called: list[str]
-    times_ms = {"ours": 2.0, "theirs": 3.0, "long": 50.0}
+    times_ms: ClassVar[dict[str, float]] = {"ours": 2.0, "theirs": 3.0, "long": 50.0}
 
     def __init__(self, _device: object) -> None:
         return
@@ -394,29 +394,37 @@ def test_a_summary_of_nothing_says_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("part", ["correctness", "side_by_side", "decode", "tuning"])
-def test_a_rehearsal_goes_through_a_part_and_takes_it_up_where_it_ended(part: str, tmp_path: Path) -> None:
-    words = [part, "--device", "cpu", "--output", str(tmp_path), "--mechanisms", "retnet"]
+def rehearsed(parts: list[str], folder: Path) -> dict[str, Any]:
+    """The records of the parts after a rehearsal, and after a second one that has changed nothing."""
+    words = [*parts, "--device", "cpu", "--output", str(folder), "--mechanisms", "retnet"]
     done = run(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = records.Records(tmp_path, part).read()
-    found = [one for one in lines if one["kind"] == "item"]
-    assert found
-    assert {one["status"] for one in found} == {"ok"}
-    samples = itertools.chain.from_iterable(one.get("times", {}).values() for one in found)
-    assert all(not side["samples_ms"] for side in samples)
     assert "# A rehearsal without a GPU: nothing here is a result" in done.stdout
-    again = run(*words)
-    assert again.returncode == 0
-    assert records.Records(tmp_path, part).read() == lines
+    kept = {part: records.Records(folder, part) for part in parts}
+    before = {part: kept[part].read() for part in parts}
+    assert run(*words).returncode == 0
+    assert {part: kept[part].read() for part in parts} == before
+    for part in parts:
+        assert {line["status"] for line in kept[part].items().values()} == {"ok"}, part
+        sides = itertools.chain.from_iterable(x.get("times", {}).values() for x in kept[part].items().values())
+        assert all(not side["samples_ms"] for side in sides)
+    return kept
+
+
+def test_a_rehearsal_goes_through_parts_and_takes_them_up_where_they_ended(tmp_path: Path) -> None:
+    kept = rehearsed(["correctness", "side_by_side"], tmp_path)
+    first = kept["correctness"].items()["retnet D=16 M=20 float32 N=40"]
+    assert set(first["errors"]) == {"o", "dq", "dk", "dv", "decoded"}
+    assert first["same_bits"]
+    assert set(first["configurations"]) == {"additive forward", "additive backward"}
+    left_out = [x["left_out"] for x in kept["side_by_side"].items().values() if x["mechanism"] == "retnet"]
+    assert len(left_out) == 2
+    assert all("fla chunk_retention" in reasons for reasons in left_out)
 
 
 @pytest.mark.slow
-def test_a_rehearsal_runs_tests_of_kernels_each_once(tmp_path: Path) -> None:
-    words = ["kernel_tests", "--device", "cpu", "--output", str(tmp_path)]
-    done = run(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = records.Records(tmp_path, "kernel_tests").read()
-    assert {one["outcome"] for one in lines if one["kind"] == "test"} == {"passed"}
-    assert run(*words).returncode == 0
-    assert records.Records(tmp_path, "kernel_tests").read() == lines
+def test_a_rehearsal_of_tokens_tables_and_tests(tmp_path: Path) -> None:
+    kept = rehearsed(["kernel_tests", "decode", "tuning"], tmp_path)
+    assert {one["outcome"] for one in kept["kernel_tests"].read() if one["kind"] == "test"} == {"passed"}
+    assert all(set(x["distances"]) >= {"ours", "linbench torch"} for x in kept["decode"].items().values())
+    assert all(line["trials"] for line in kept["tuning"].items().values())

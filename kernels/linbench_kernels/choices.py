@@ -26,13 +26,15 @@ class Choice:
 
     family: str
     task: Any
-    """What of a call decides it: the ``Task`` of the family."""
+    """What of a call decides it: the ``Task`` of the family, or a tuple that begins with the name of the kernel."""
     config: Any
     """The ``Config`` that its table has for that."""
 
     @property
     def kernel(self) -> str:
         """Which kernel of the family, as its tasks name it."""
+        if isinstance(self.task, tuple):
+            return str(self.task[0])
         return str(getattr(self.task, "kernel", None) or getattr(self.task, "pass_", "all"))
 
     @property

@@ -6,7 +6,6 @@ import argparse
 import faulthandler
 import importlib
 import json
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

@@ -30,7 +30,7 @@ HEADS, BATCH = 3, 2
 
 
 def items(extent: Extent) -> list[Item]:
-    """Widths and dtypes that most people have first, of every mechanism; then sequences of many chunks; then the rest."""
+    """Widths and dtypes that most people have first, of every mechanism; then long sequences, and all the rest."""
     every = [
         _item(name, widths, dtype, extent.tokens)
         for dtype, widths in product(extent.dtypes, extent.widths)

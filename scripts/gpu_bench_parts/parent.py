@@ -1,4 +1,4 @@
-"""The parent: a child for each part, restarted after what killed it, and the summary at the end; it touches no device."""
+"""The parent: a child for each part, another after what killed it, and the summary at the end; it touches no device."""
 
 from __future__ import annotations
 

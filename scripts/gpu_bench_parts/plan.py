@@ -1,4 +1,4 @@
-"""What there is to do, and how much of it: all on a GPU, a little in the interpreter, where only the script is tried."""
+"""What there is to do, and how much of it: all on a GPU, a little in the interpreter, where the script is tried."""
 
 from __future__ import annotations
 

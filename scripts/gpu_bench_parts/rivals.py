@@ -33,6 +33,8 @@ class Rival:
     make: Callable[[Mechanism], Operator]
     """Raises ImportError where the package is missing, and anything else where it does not work here."""
     backward: bool = True
+    heads_first: bool = False
+    """It wants tensors ``[B, H, N, ·]`` that are contiguous; its operator takes and gives those."""
     unlike: bool = False
     """It computes something else, and is there to be compared in time alone."""
 
@@ -75,3 +77,18 @@ def _module(source: str) -> Any:
 def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``[B, N, H, ·]`` as views ``[B, H, N, ·]``, and back."""
     return tuple(x.transpose(1, 2) for x in tensors)
+
+
+class Once:
+    """What has to be made of arguments that are the same in every call: made in the first one, and not timed again."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+        self._made: tuple[tuple[int, ...], Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Of the same objects the same result."""
+        key = tuple(id(x) for x in arguments)
+        if self._made is None or self._made[0] != key:
+            self._made = key, self._make(*arguments)
+        return self._made[1]

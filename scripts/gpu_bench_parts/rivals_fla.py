@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_bench_parts.rivals import Operator, Rival, Step, StepRival
+from gpu_bench_parts.rivals import Operator, Rival
+from gpu_bench_parts.rivals_fla_steps import STEPS
 from linbench.mechanisms.base import Mechanism
 
 
@@ -135,6 +136,28 @@ def kda(_: Mechanism) -> Operator:
     return lambda q, k, v, beta, decay: attend(q, k, v, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)[0]
 
 
+def rwkv7(mechanism: Any) -> Operator:
+    """The generalised delta rule: what is removed and what is written, made of k as a caller of fla has to."""
+    attend = named("rwkv7", "chunk_rwkv7")
+    removal, replacement = (
+        numbers(x.squeeze(-2), device_of(mechanism)) for x in (mechanism.removal, mechanism.replacement)
+    )
+
+    def peer(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rate: Tensor) -> Tensor:
+        removed = torch.nn.functional.normalize(k.float() * removal, dim=-1)
+        written = (k * (1 + (rate - 1) * replacement)).to(k.dtype)
+        removing, adding = (-removed).to(k.dtype), (rate * removed).to(k.dtype)
+        return attend(q, log_decay, written, v, removing, adding, scale=1.0)[0]
+
+    return peer
+
+
+def log_linear(_: Mechanism) -> Operator:
+    """With our decays and weights of levels."""
+    attend = named("log_linear_attn", "chunk_log_linear_attn")
+    return lambda q, k, v, log_decay, weights: attend(q, k, v, log_decay, weights)[0]
+
+
 RIVALS = (
     Rival("retnet", "fla", "chunk_retention", retention("chunk_retention")),
     Rival("retnet", "fla", "fused_chunk_retention", retention("fused_chunk_retention")),
@@ -150,4 +173,7 @@ RIVALS = (
     Rival("deltanet", "fla", "chunk_delta_rule", deltanet),
     Rival("gated_deltanet", "fla", "chunk_gated_delta_rule", gated_deltanet),
     Rival("kda", "fla", "chunk_kda", kda),
+    Rival("rwkv7", "fla", "chunk_rwkv7", rwkv7),
+    Rival("log_linear", "fla", "chunk_log_linear_attn", log_linear),
 )
+STEP_RIVALS = STEPS

@@ -86,7 +86,7 @@ def climb(
     at, gain, seen = choice.config, 1.0, {choice.config}
     for _ in range(CLIMBS):
         ahead = None
-        for candidate in neighbours(dataclasses.replace(choice, config=at)):
+        for candidate in neighbours(dataclasses.replace(choice, config=at))[: 2 if bench.extent.rehearsal else None]:
             if candidate in seen or bench.left_s < 10:
                 continue
             seen.add(candidate)
@@ -102,7 +102,8 @@ def climb(
 
 def named(choice: Choice, config: Any) -> dict[str, Any]:
     """Which kernel, for which task, and a configuration of it."""
-    task = {key: value for key, value in vars(choice.task).items() if isinstance(value, str | int | float | bool)}
+    given = dict(enumerate(choice.task)) if isinstance(choice.task, tuple) else vars(choice.task)
+    task = {str(key): value for key, value in given.items() if isinstance(value, str | int | float | bool)}
     return {"family": choice.family, "kernel": choice.kernel, "task": task, "config": dataclasses.asdict(config)}
 
 
