@@ -1,7 +1,8 @@
 """Which configurations the wrappers choose: noted while they run, or others put in their place to try them.
 
-Every family has a module ``launch`` whose function ``config`` says how a task is compiled, and its wrappers ask nothing
-else. That is the one place where a choice can be seen or changed; calls are not slowed down by it.
+Every family has a module ``launch`` that takes the configuration of a task from the function ``config``, its table; and
+where few heads are spread over a device, from ``filled``, which has the last word. That is where a choice can be seen
+or changed; calls are not slowed down by it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any
 
 import linbench_kernels
 
+LAST_WORD = ("filled", "config")
+"""Names of functions in a module ``launch``, the one that has the last word first."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -28,7 +32,7 @@ class Choice:
     task: Any
     """What of a call decides it: the ``Task`` of the family, or a tuple that begins with the name of the kernel."""
     config: Any
-    """The ``Config`` that its table has for that."""
+    """The ``Config`` that is taken for that, or the ``Plan``."""
 
     @property
     def kernel(self) -> str:
@@ -60,23 +64,28 @@ def families() -> dict[str, ModuleType]:
 
 @contextlib.contextmanager
 def replaced(change: Callable[[Choice], Any]) -> Iterator[None]:
-    """What ``change`` says is taken meanwhile, in place of every configuration that a table gives."""
-    modules = families()
-    tables = {family: launch.config for family, launch in modules.items()}
+    """What ``change`` says is taken meanwhile, in place of every configuration that would be."""
+    places = [(family, launch, _last_word(launch)) for family, launch in families().items()]
+    before = [getattr(launch, name) for _, launch, name in places]
     try:
-        for family, launch in modules.items():
-            setattr(launch, "config", _changed(family, tables[family], change))  # noqa: B010  # a module's attribute
+        for (family, launch, name), function in zip(places, before, strict=True):
+            setattr(launch, name, _changed(family, function, change))
         yield
     finally:
-        for family, launch in modules.items():
-            setattr(launch, "config", tables[family])  # noqa: B010
+        for (_, launch, name), function in zip(places, before, strict=True):
+            setattr(launch, name, function)
 
 
-def _changed(family: str, table: Callable[..., Any], change: Callable[[Choice], Any]) -> Callable[..., Any]:
-    def config(*task: Any) -> Any:
-        return change(Choice(family, task[0] if len(task) == 1 else task, table(*task)))
+def _last_word(launch: ModuleType) -> str:
+    return next(name for name in LAST_WORD if hasattr(launch, name))
 
-    return config
+
+def _changed(family: str, function: Callable[..., Any], change: Callable[[Choice], Any]) -> Callable[..., Any]:
+    def chosen(*given: Any) -> Any:
+        task = next((x for x in given if hasattr(x, "arch")), given)
+        return change(Choice(family, task, function(*given)))
+
+    return chosen
 
 
 @contextlib.contextmanager
