@@ -1,10 +1,13 @@
 """What is worth doing on a GPU, most valuable first: results, peaks, tests, times beside peers, other configurations.
 
-    scripts/gpu_bench                        goes through the parts until seven minutes are over; again, and it goes on
+    scripts/gpu_bench                        seven minutes, some for every part; again, and it goes on
     scripts/gpu_bench correctness peaks      these parts alone
     scripts/gpu_bench --dry-run              what there is to do, and what of it is done; needs no GPU
-    scripts/gpu_bench --device cpu --output DIR    rehearses on a machine without one: kernels in Triton's interpreter,
-                                             tiny sizes, everything is called and nothing is timed
+    scripts/gpu_bench --device cpu --output DIR    rehearses on a machine without one: kernels in Triton's
+                                             interpreter, tiny sizes, everything is called and nothing is timed
+
+A Python that has torch with a GPU, triton, numpy, psutil, pydantic and pytest is taken as it is (``PYTHON`` names it),
+so that nothing has to be installed on a lent machine; packages to compare with are found on ``PYTHONPATH``.
 
 Every item is a line in results/MACHINE/gpu_bench/PART.jsonl before the next one begins. What crashes, hangs or poisons
 the device costs its own item and no other. A summary of all that is there comes last, and into summary.md.

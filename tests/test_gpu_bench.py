@@ -99,6 +99,41 @@ def test_what_matters_most_comes_first() -> None:
     assert set(plan.fused_mechanisms()) >= {"linear", "retnet", "mamba2", "gla", "deltanet"}
 
 
+def test_every_part_has_its_share_of_a_run_and_those_that_are_named_have_all_of_it() -> None:
+    assert sum(plan.SHARES.values()) == pytest.approx(1)
+    assert parent.shares(["tuning", "peaks"]) == [("tuning", 1.0), ("peaks", 1.0)]
+    found = parent.shares([])
+    assert dict(found[: len(plan.PARTS)]) == plan.SHARES
+    assert found[len(plan.PARTS) :] == [(part, 1.0) for part in plan.PARTS]
+
+
+def test_a_run_gives_parts_their_time_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Hands()
+    asked: list[tuple[str, float]] = []
+
+    def run_part(part: str, _options: object, _folder: Path, until: float) -> str | None:
+        asked.append((part, round(until - clock.now)))
+        clock.now += 30 if part == "correctness" else until - clock.now
+        return "no such package" if part == "peaks" else None
+
+    monkeypatch.setattr(parent, "run_part", run_part)
+    monkeypatch.setattr(parent, "time", clock)
+    assert parent.run(options(output=tmp_path, minutes=5.0)) == 1
+    assert asked[:6] == [(part, round(300 * share)) for part, share in plan.SHARES.items()]
+    assert asked[6] == ("correctness", 75)
+    assert clock.now <= 300
+    assert (tmp_path / "summary.md").is_file()
+
+
+class Hands:
+    """A clock that goes on when it is told to."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+
 def item(key: str = "a", **changes: Any) -> Any:
     return plan.Item("tuning", key, modules=("linbench.stats",), **changes)
 
@@ -331,7 +366,7 @@ def test_tuning_climbs_while_that_helps_and_tries_nothing_twice(
 
     monkeypatch.setattr(tuning, "trial", fake)
     trials: list[dict[str, Any]] = []
-    best = tuning.climb(choice(), lambda: None, [], given_bench(tmp_path), trials)
+    best = tuning.climb(choice(), lambda: None, [], given_bench(tmp_path, "cuda"), trials)
     assert best["changed"]
     assert (best["best"]["stages"], best["best"]["warps"]) == (4, 2)
     assert best["ratio"] == pytest.approx(1.3)

@@ -30,19 +30,29 @@ def run(options: argparse.Namespace) -> int:
     until = time.time() + 60 * options.minutes
     folder = options.output or ROOT / "results" / machine(options.device) / "gpu_bench"
     folder.mkdir(parents=True, exist_ok=True)
-    broken: list[str] = []
-    for part in options.parts or plan.PARTS:
-        if until - time.time() < min(LEAST_S, 30 * options.minutes):
+    broken: dict[str, str] = {}
+    for part, share in shares(options.parts):
+        left_s = until - time.time()
+        if left_s < min(LEAST_S, 30 * options.minutes):
             break
-        if (reason := run_part(part, options, folder, until)) is not None:
-            broken.append(f"{part}: {reason}")
+        reason = run_part(part, options, folder, time.time() + min(left_s, share * 60 * options.minutes))
+        if reason is not None:
+            broken[part] = reason
     extent = plan.of_options(options)
     text = summary.page(folder, extent)
     (folder / "summary.md").write_text(text)
     print(text)
-    for reason in broken:
-        print(f"gpu_bench: {reason}", file=sys.stderr)
+    for part, reason in broken.items():
+        print(f"gpu_bench: {part}: {reason}", file=sys.stderr)
     return int(bool(broken) or summary.anything_wrong(folder))
+
+
+def shares(parts: list[str]) -> list[tuple[str, float]]:
+    """Parts and the share of the time that each may take: all of what is left for those that are named.
+
+    Without a name every part has its share first; then the time that is left goes to them in their order.
+    """
+    return [(part, 1.0) for part in parts] or [*plan.SHARES.items(), *((part, 1.0) for part in plan.PARTS)]
 
 
 def machine(device: str) -> str:

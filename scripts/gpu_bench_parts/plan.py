@@ -14,8 +14,17 @@ from linbench import registry
 from linbench.cell import digest
 from linbench.provenance import source_hash
 
-PARTS = ("correctness", "peaks", "kernel_tests", "side_by_side", "decode", "tuning")
-"""In the order of their value: a wrong kernel has no time, and a time means little without the device's peaks."""
+SHARES = {
+    "correctness": 0.35,
+    "peaks": 0.1,
+    "side_by_side": 0.3,
+    "decode": 0.1,
+    "kernel_tests": 0.1,
+    "tuning": 0.05,
+}
+"""Of the time of a run for which no part is named. What is left of it goes to the parts in their order."""
+PARTS = tuple(SHARES)
+"""In the order of their value: a wrong kernel has no time, and a time needs the peaks of its device beside it."""
 FIRST = ("retnet", "linear", "mamba2", "gla", "deltanet", "gated_deltanet", "lightning", "hgrn2", "rwkv6")
 """Mechanisms that stand for their families come first, all others by name."""
 CENTRE = 128
