@@ -83,9 +83,10 @@ def _undecodable(mechanism: Mechanism, cell: Cell) -> str | None:
         mechanism.require_decoding()
     except UsageError as error:
         return str(error)
-    generates = "torch" if "torch" in mechanism.implementations() else cell.implementation
-    if cell.implementation != generates:
-        return f"{cell.mechanism} has one way to {cell.pass_}, implementation={generates}"
+    own = mechanism.generating()
+    if cell.implementation not in own:
+        ways = "one way" if len(own) == 1 else f"{len(own)} ways"
+        return f"{cell.mechanism} has {ways} to {cell.pass_}, implementation={' or '.join(own)}"
     return None
 
 

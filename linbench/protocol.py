@@ -47,6 +47,7 @@ class Outcome(Block):
     status: Status
     reason: str | None = None
     stages_s: dict[str, float] = Field(default_factory=dict)
+    configurations: dict[str, dict[str, Scalar]] | None = None
     check: Check | None = None
     speed: Speed | None = None
     memory: Memory | None = None

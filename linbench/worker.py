@@ -30,6 +30,7 @@ from linbench.measure.error import NonFiniteOutputError, UndefinedError
 from linbench.measure.honesty import DishonestTimingError
 from linbench.measure.levels import UnmeasurableMemoryError
 from linbench.measure.peaks import measure_peaks
+from linbench.mechanisms import fused
 from linbench.mechanisms.base import Mechanism
 from linbench.prospect import Rates
 from linbench.protocol import (
@@ -93,7 +94,8 @@ def measure(request: MeasureRequest, enter: Callable[[str], None]) -> Outcome:
         stages.enter("build")
         call = prepare(request.cell)
         stages.enter("check")
-        block, output = check(call)
+        with fused.configurations(request.cell.implementation) as configurations:
+            block, output = check(call)
         blocks: dict[str, Any] = {}
         for name, wanted in _applying(request).items() if block.passed else ():
             stages.enter(name)
@@ -103,7 +105,8 @@ def measure(request: MeasureRequest, enter: Callable[[str], None]) -> Outcome:
         else:
             status, reason = Status.INCORRECT, block.finding
         kept = blocks if status in MEASURED else {}
-        return Outcome(status=status, reason=reason, check=block, stages_s=stages.leave(), **kept)
+        told = {"check": block, "configurations": configurations or None}
+        return Outcome(status=status, reason=reason, stages_s=stages.leave(), **told, **kept)
     except (NonFiniteOutputError, DishonestTimingError) as error:  # what the check did not see
         failed = block.model_copy(update={"passed": False, "finding": str(error)})
         return Outcome(status=Status.INCORRECT, reason=str(error), check=failed, stages_s=stages.leave())

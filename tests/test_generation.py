@@ -68,6 +68,17 @@ def test_no_other_implementation_is_given_the_time_of_the_only_one(pass_: Pass) 
     assert prospect.unsupported == f"softmax has one way to {pass_}, implementation=torch"
 
 
+def test_kernels_with_a_state_generate_in_a_way_of_their_own() -> None:
+    reasons = {}
+    for implementation in ("reference", "torch", "triton"):
+        cell = causal_cell("retnet", 70, "decode").model_copy(update={"implementation": implementation})
+        (prospect,) = foresee(ForeseeRequest(cells=[cell], measures={}, threads=1)).prospects
+        reasons[implementation] = prospect.unsupported
+    assert reasons["reference"] == "retnet has 2 ways to decode, implementation=torch or triton"
+    assert reasons["torch"] is None
+    assert "on a GPU" in str(reasons["triton"])  # or in the interpreter, but never for want of a way
+
+
 def test_a_decode_costs_what_a_step_does_and_its_prompt_comes_on_top() -> None:
     cells = [causal_cell("softmax", 4096, one) for one in ("decode", "prefill")]  # type: ignore[arg-type]
     decode, prefill = foresee(ForeseeRequest(cells=cells, measures={}, threads=1)).prospects

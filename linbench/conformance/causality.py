@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -120,7 +121,8 @@ def _prefilled_and_stepped(subject: Subject, x: Operands, prompt: int) -> Findin
     mechanism, rows = subject.build(x), [output]
     where = f"{dtype_name(x.q.dtype)}, {prompt} of {x.q.shape[2]} tokens"
     with torch.no_grad():
-        before, _ = mechanism.step(*_token(x, prompt), state, **extras_at(x.extras, prompt))
+        again = copy.deepcopy(state) if mechanism.steps_in_place else state
+        before, _ = mechanism.step(*_token(x, prompt), again, **extras_at(x.extras, prompt))
         for token in range(prompt, x.q.shape[2]):
             row, state = mechanism.step(*_token(x, token), state, **extras_at(x.extras, token))
             rows.append(row[:, :, None])

@@ -19,6 +19,8 @@ from linbench.parameters import signature_model
 
 Kind = Literal["exact", "approximator", "replacement", "hybrid"]
 Growth = Literal["1", "N", "N log N", "N^1.5", "N^2"]
+GENERATION = ("prefill", "step")
+"""What an implementation may have a way of its own for, ``prefill_NAME`` and ``step_NAME``."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ class Mechanism(torch.nn.Module, ABC):
     Tensors are ``[B, H, N, ·]``: q ``[B, H, N, D]``, k ``[B, H, N_k, D]``, v ``[B, H, N_k, M]``, o ``[B, H, N, M]``.
     An extra with three dimensions or more belongs to tokens, ``[B, H, N, …]``; one with fewer belongs to all of them.
     Extras of floating type are differentiable. What is learned is a ``torch.nn.Parameter``, seeded by the geometry.
+
+    An implementation that computes prompts and tokens in a way of its own defines ``prefill_NAME`` and ``step_NAME`` in
+    the shapes of :meth:`prefill` and :meth:`step`, over states of the same make. All others are given the torch way.
     """
 
     description: ClassVar[Description]
@@ -89,6 +94,9 @@ class Mechanism(torch.nn.Module, ABC):
         self.geometry = geometry
         self.causal = geometry.causal
         self._implementation = getattr(self, f"forward_{geometry.implementation}")
+        for way in GENERATION:
+            if (own := getattr(self, f"{way}_{geometry.implementation}", None)) is not None:
+                setattr(self, way, own)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         """The operator, in the implementation that the mechanism was built with."""
@@ -139,6 +147,11 @@ class Mechanism(torch.nn.Module, ABC):
         return None
 
     @property
+    def steps_in_place(self) -> bool:
+        """Whether :meth:`step` may overwrite the state that it is given, and gives it back changed."""
+        return hasattr(type(self), f"step_{self.geometry.implementation}")
+
+    @property
     def decodes(self) -> bool:
         """Whether it computes one token after the other from a state."""
         return self.causal and type(self).step is not Mechanism.step
@@ -157,6 +170,7 @@ class Mechanism(torch.nn.Module, ABC):
         Returns:
             o ``[B, H, M]`` and the state after the token. The two may share memory; still a step may be taken again
             from the state that was given, as long as none was taken from the one after it, which is lost with that.
+            Where :attr:`steps_in_place`, the state that was given is lost too: copy it to start from it again.
 
         Raises:
             UsageError: this mechanism does not decode.
@@ -268,6 +282,14 @@ class Mechanism(torch.nn.Module, ABC):
         if stated is None:
             raise UsageError(f"{type(self).__name__}, as it was built, has no state to decode from")
         return stated
+
+    @classmethod
+    def generating(cls) -> tuple[str, ...]:
+        """The implementations that prefill and decode in a way of their own; ``torch`` speaks for all others."""
+        names = cls.implementations()
+        if "torch" not in names:
+            return names
+        return tuple(x for x in names if x == "torch" or all(hasattr(cls, f"{way}_{x}") for way in GENERATION))
 
     @classmethod
     def implementations(cls) -> tuple[str, ...]:

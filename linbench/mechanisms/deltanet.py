@@ -33,3 +33,11 @@ class DeltaNet(DeltaRule):
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         """Fused: two kernels forward, four backward; in bf16 rows of norm 1e-15 to 1e15."""
         return self.fused(q, k, v, **extras)
+
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward, which has the state at its end."""
+        return self.fused_prefill(q, k, v, **extras)
+
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """One launch that reads the state and writes it once."""
+        return self.fused_step(q, k, v, state, **extras)

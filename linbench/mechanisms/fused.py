@@ -1,10 +1,18 @@
-"""The implementation ``triton``: the kernels of ``linbench_kernels``, which is imported when they are asked for."""
+"""The implementation ``triton``: the kernels of ``linbench_kernels``, which is imported when they are asked for.
+
+A mechanism that has kernels defines ``forward_triton``, and where they have a state also ``prefill_triton`` and
+``step_triton``: see :class:`~linbench.mechanisms.base.Mechanism`. The state is that of the torch path in shape, dtype
+and meaning, so that either goes on from what the other left.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from linbench.cell import Cell
+from linbench.cell import Cell, Scalar
+from linbench.errors import UsageError
 
 NAME = "triton"
 
@@ -20,8 +28,18 @@ def unavailable(device: str, causal: bool = True) -> str | None:
     return reason(device)
 
 
+def require(device: str, causal: bool = True) -> None:
+    """Nothing where a kernel can run.
+
+    Raises:
+        UsageError: none can, with the reason of :func:`unavailable`.
+    """
+    if (reason := unavailable(device, causal)) is not None:
+        raise UsageError(reason)
+
+
 def unsupported(cell: Cell) -> str | None:
-    """The same for a cell; its widths belong to it."""
+    """:func:`unavailable` for a cell; its widths belong to it."""
     reason = unavailable(cell.device, cell.causal)
     if reason is None:
         from linbench_kernels.additive.configs import WIDEST
@@ -29,6 +47,28 @@ def unsupported(cell: Cell) -> str | None:
         if max(cell.head_dim, cell.value_dim) > WIDEST:
             return f"the triton kernels take widths up to {WIDEST}"
     return reason
+
+
+@contextmanager
+def configurations(implementation: str) -> Iterator[dict[str, dict[str, Scalar]]]:
+    """How the kernels that are called meanwhile are compiled, by family and kernel; filled at the end.
+
+    Stays empty where the implementation is another one, or no kernel can be imported.
+    """
+    found: dict[str, dict[str, Scalar]] = {}
+    try:
+        from linbench_kernels.choices import noted
+    except ImportError:
+        implementation = ""
+    if implementation != NAME:
+        yield found
+        return
+    with noted() as kept:
+        yield found
+    for choice in kept:
+        name = f"{choice.family} {choice.kernel}"
+        again = sum(known == name or known.startswith(f"{name} (") for known in found)
+        found[f"{name} ({again + 1})" if again else name] = choice.settings
 
 
 def untimed(cell: Cell) -> str | None:

@@ -52,6 +52,14 @@ class HGRN2(DecayState):
         """Fused: one kernel forward and two backward, which store no states."""
         return self.fused(q, k, v, **extras)
 
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward, which has the state at its end."""
+        return self.fused_prefill(q, k, v, **extras)
+
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """One launch that reads the state and writes it once."""
+        return self.fused_step(q, k, v, state, **extras)
+
     def operands(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Operands:
         """1 − α without cancellation, and log α from the form that keeps its digits."""
         logits = k.to(compute_dtype(k))

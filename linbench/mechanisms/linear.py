@@ -10,7 +10,7 @@ from torch import Tensor
 from linbench.mechanisms.base import Description, Geometry
 from linbench.mechanisms.claims import Claims
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
-from linbench.mechanisms.cores.chunked import guarded
+from linbench.mechanisms.cores.chunked import Checkpoint, guarded
 from linbench.mechanisms.cores.features import EluPlusOne, FeatureMap
 
 
@@ -43,6 +43,14 @@ class Linear(AdditiveState):
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fused, the causal form: one kernel forward, two backward; features are never written."""
         return self.fused(q, k, v, "elu_plus_one")
+
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Checkpoint]:
+        """The forward, which has the state at its end."""
+        return self.fused_prefill(q, k, v, "elu_plus_one")
+
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint) -> tuple[Tensor, Checkpoint]:
+        """One launch that reads the state and writes it once."""
+        return self.fused_step(q, k, v, state, "elu_plus_one")
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
         """The weights of the given rows, in full."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.decay_state import DecayState, Operands
 from linbench.mechanisms.cores.segments import State
-from linbench.mechanisms.fused import unavailable
+from linbench.mechanisms.fused import require
 
 
 class Mamba2(DecayState):
@@ -89,15 +88,37 @@ class Mamba2(DecayState):
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         """Fused: one kernel forward, and one backward with a small one for the gradient of the decays."""
         self.check(q, k, extras)
-        if (reason := unavailable(q.device.type)) is not None:
-            raise UsageError(reason)
+        require(q.device.type)
         from linbench_kernels.additive import attention
 
+        return attention(**self.kernel_operands(q, k, v, extras))[0]
+
+    @torch.no_grad()
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward, which has the state at its end."""
+        self.check(q, k, extras)
+        require(q.device.type)
+        from linbench_kernels.additive import attention
+
+        out, state = attention(**self.kernel_operands(q, k, v, extras), return_state=True)
+        assert state is not None, "it was asked for"
+        return out, state
+
+    @torch.no_grad()
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """One launch that reads the state and writes it once."""
+        require(q.device.type)
+        from linbench_kernels.additive import step
+
+        return step(**self.kernel_operands(q, k, v, extras), state=state), state
+
+    def kernel_operands(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Tensor]) -> dict[str, Any]:
+        """:meth:`operands` by the names that these kernels have for them."""
         x = self.operands(q, k, v, **extras)
-        return attention(x.q, x.k, x.v, log_decay=x.log_decay, entering=x.entering, skip=x.skip)[0]
+        return {"q": x.q, "k": x.k, "v": x.v, "log_decay": x.log_decay, "entering": x.entering, "skip": x.skip}
 
     def operands(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Operands:
-        """Δ as the weight of a token and ΔA as its log decay."""
+        """Δ as the weight of a token and ΔA as its log decay; of a sequence, or of a token."""
         rate, skip = (x.to(compute_dtype(v)) for x in self.weights)
         step = extras["step_size"]
-        return Operands(q, k, v, step * rate[:, None], entering=step, skip=skip)
+        return Operands(q, k, v, step * (rate if step.ndim == 2 else rate[:, None]), entering=step, skip=skip)

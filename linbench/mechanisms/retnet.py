@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linbench.mechanisms.base import Description, Geometry
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
+from linbench.mechanisms.cores.chunked import Checkpoint
 from linbench.mechanisms.cores.features import FeatureMap, Identity
 
 
@@ -57,6 +58,14 @@ class RetNet(AdditiveState):
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fused: one kernel forward and one backward."""
         return self.fused(q, k, v)
+
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Checkpoint]:
+        """The forward, which has the state at its end."""
+        return self.fused_prefill(q, k, v)
+
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint) -> tuple[Tensor, Checkpoint]:
+        """One launch that reads the state and writes it once."""
+        return self.fused_step(q, k, v, state)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
         """Rows of ((Q Kᵀ / √D) ∘ D) V, D_ij = γ^{i−j} for j ≤ i (eq. 5)."""

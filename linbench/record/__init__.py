@@ -9,6 +9,7 @@ Schema history (the number is in every line that is written; readers keep every 
    implied attention map.
 4. Rounds in processes of several servers; evidence of what disturbed a time; peaks of the device; cold starts and
    frontiers; passes ``prefill`` and ``decode``; what is kept for the backward and for the next token.
+5. ``configurations``: how the fused kernels of a cell were compiled.
 """
 
 from linbench.record.base import MEASURED, SCHEMA_VERSION, Block, Status

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from linbench.cell import Cell
+from linbench.cell import Cell, Scalar
 from linbench.record.base import MEASURED, SCHEMA_VERSION, Block, Status
 from linbench.record.environment import Environment
 from linbench.record.judgement import Check, Cost, Error, Fit, Kernel, Structure
@@ -79,6 +79,9 @@ class Record(Block):
     elapsed_s: float
     """Seconds from the parent's request to the record."""
     cost: Cost | None = None
+    configurations: dict[str, dict[str, Scalar]] | None = None
+    """How the fused kernels that the check called were compiled, by family and kernel: tokens of a chunk, columns of a
+    program, warps, stages, copies by descriptor. Null for implementations without any, and before schema 5."""
     check: Check | None = None
     speed: Speed | None = None
     memory: Memory | None = None

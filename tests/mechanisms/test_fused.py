@@ -15,6 +15,7 @@ from linbench.cell import Cell
 from linbench.conformance.kit import Examination
 from linbench.errors import UsageError
 from linbench.mechanisms import fused
+from linbench.mechanisms.base import extras_at
 
 NAMES = ("lightning", "linear", "mamba2", "retnet")
 pytestmark = pytest.mark.skipif(fused.unavailable("cpu") is None, reason="kernels run here, in the interpreter")
@@ -45,6 +46,26 @@ def test_a_call_is_refused_and_nothing_else_is_computed(name: str) -> None:
     extras = mechanism.make_extras(q, k, v, torch.Generator())
     with pytest.raises(UsageError, match="on a GPU"):
         mechanism(q, k, v, **extras)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_and_tokens_are_refused_too(name: str) -> None:
+    mechanism = registry.of_cell(cell(name))
+    q, k, v = torch.zeros(3, 1, 2, 8, 4)
+    extras = mechanism.make_extras(q, k, v, torch.Generator())
+    state = mechanism.initial_state(1, q.device, q.dtype)
+    with pytest.raises(UsageError, match="on a GPU"):
+        mechanism.prefill(q, k, v, **extras)
+    with pytest.raises(UsageError, match="on a GPU"):
+        mechanism.step(q[:, :, 0], k[:, :, 0], v[:, :, 0], state, **extras_at(extras, 0))
+
+
+def test_an_implementation_generates_in_its_own_way_alone_if_it_has_one() -> None:
+    assert registry.load("retnet").generating() == ("torch", "triton")
+    assert registry.load("softmax").generating() == ("torch",)
+    assert registry.of_cell(cell("retnet")).steps_in_place
+    assert not registry.of_cell(cell("retnet", implementation="torch")).steps_in_place
+    assert not registry.of_cell(cell("retnet", implementation="reference")).steps_in_place
 
 
 def test_the_kit_looks_at_what_can_run_and_refuses_what_cannot_when_it_is_asked_for() -> None:

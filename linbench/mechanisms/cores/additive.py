@@ -23,7 +23,7 @@ from linbench.mechanisms.cores.chunked import (
 from linbench.mechanisms.cores.features import FeatureMap
 from linbench.mechanisms.cores.pooled import PooledAttention
 from linbench.mechanisms.cores.slabs import CHUNK
-from linbench.mechanisms.fused import unavailable
+from linbench.mechanisms.fused import require
 
 
 class AdditiveState(Mechanism):
@@ -41,6 +41,7 @@ class AdditiveState(Mechanism):
         super().__init__(geometry)
         self.features = features
         """F, the width of φ."""
+        self._kernel_decays: dict[tuple[torch.device, torch.dtype], Tensor | None] = {}
 
     @abstractmethod
     def feature_map(self, like: Tensor) -> FeatureMap:
@@ -111,15 +112,40 @@ class AdditiveState(Mechanism):
             UsageError: they cannot run here, or have no such form.
         """
         self.check(q, k)
-        if (reason := unavailable(q.device.type, self.causal)) is not None:
-            raise UsageError(reason)
+        require(q.device.type, self.causal)
         from linbench_kernels.additive import attention
 
-        decay = self.log_decay(q.device)
-        if decay is not None and q.dtype is not torch.float64:
-            decay = decay.float()
-        normalised = self.normalised
-        return attention(q, k, v, log_decay=decay, scale=self.scale, feature=feature, normalised=normalised)[0]
+        return attention(q, k, v, **self.kernel_options(q, feature))[0]
+
+    @torch.no_grad()
+    def fused_prefill(self, q: Tensor, k: Tensor, v: Tensor, feature: str = "identity") -> tuple[Tensor, Checkpoint]:
+        """What ``prefill_triton`` is then; raises as :meth:`fused`."""
+        self.check(q, k)
+        require(q.device.type, self.causal)
+        from linbench_kernels.additive import attention
+
+        out, sums = attention(q, k, v, **self.kernel_options(q, feature), return_state=True)
+        assert sums is not None, "it was asked for"
+        return out, Checkpoint(sums, None)
+
+    @torch.no_grad()
+    def fused_step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint, feature: str = "identity"
+    ) -> tuple[Tensor, Checkpoint]:
+        """What ``step_triton`` is then: the sums are changed in place; raises as :meth:`fused`."""
+        require(q.device.type, self.causal)
+        from linbench_kernels.additive import step
+
+        return step(q, k, v, state.state, **self.kernel_options(q, feature)), state
+
+    def kernel_options(self, q: Tensor, feature: str) -> dict[str, Any]:
+        """What the kernels are told beside q, k and v. The decays are made once: a step launches nothing for them."""
+        numbers = q.device, torch.promote_types(q.dtype, torch.float32)
+        if numbers not in self._kernel_decays:
+            decay = self.log_decay(q.device)
+            self._kernel_decays[numbers] = None if decay is None else decay.to(numbers[1])
+        decay = self._kernel_decays[numbers]
+        return {"log_decay": decay, "scale": self.scale, "feature": feature, "normalised": self.normalised}
 
     def check(self, q: Tensor, k: Tensor) -> None:
         """Refuse what has no operator (for a cell, ``unsupported`` says so before)."""

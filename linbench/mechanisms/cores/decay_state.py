@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from linbench.cell import Cell
-from linbench.errors import UsageError
 from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.decay import decayed_attention
 from linbench.mechanisms.cores.recurrence import Recurrence
 from linbench.mechanisms.cores.segments import State
 from linbench.mechanisms.cores.slabs import CHUNK
-from linbench.mechanisms.fused import unavailable
+from linbench.mechanisms.fused import require
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,35 @@ class DecayState(Recurrence):
             UsageError: the kernels cannot run here.
         """
         self.check(q, k, extras)
-        if (reason := unavailable(q.device.type)) is not None:
-            raise UsageError(reason)
+        require(q.device.type)
         from linbench_kernels.channel_decay import attention
 
+        return attention(**self.kernel_operands(q, k, v, extras))[0]
+
+    @torch.no_grad()
+    def fused_prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``prefill_triton`` is then; raises as :meth:`fused`."""
+        self.check(q, k, extras)
+        require(q.device.type)
+        from linbench_kernels.channel_decay import attention
+
+        out, state = attention(**self.kernel_operands(q, k, v, extras), return_state=True)
+        assert state is not None, "it was asked for"
+        return out, state
+
+    @torch.no_grad()
+    def fused_step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``step_triton`` is then: the state is changed in place; raises as :meth:`fused`."""
+        require(q.device.type)
+        from linbench_kernels.channel_decay import step
+
+        return step(**self.kernel_operands(q, k, v, extras), state=state), state
+
+    def kernel_operands(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Tensor]) -> dict[str, Any]:
+        """:meth:`operands` by the names that the kernels have for them, of a sequence or of a token."""
         x = self.operands(q, k, v, **extras)
         bonus = None if x.bonus is None else x.bonus.to(compute_dtype(v))
-        return attention(x.q, x.k.to(v.dtype), x.v, x.log_decay, bonus=bonus, scale=x.scale)[0]
+        return {"q": x.q, "k": x.k.to(v.dtype), "v": x.v, "log_decay": x.log_decay, "bonus": bonus, "scale": x.scale}
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
         """One token: q, k ``[B, H, D]``, v ``[B, H, M]``, and the extras of that token."""

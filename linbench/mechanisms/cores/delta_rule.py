@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from linbench.errors import UsageError
 from linbench.mechanisms.base import Gate, Geometry
 from linbench.mechanisms.cores.delta import Operands
 from linbench.mechanisms.cores.delta_state import DeltaState, Unit, unit
 from linbench.mechanisms.cores.segments import State
-from linbench.mechanisms.fused import unavailable
+from linbench.mechanisms.fused import require
 
 
 class DeltaRule(DeltaState):
@@ -58,9 +59,32 @@ class DeltaRule(DeltaState):
             UsageError: the kernels cannot run here.
         """
         self.check(q, k, extras)
-        if (reason := unavailable(q.device.type)) is not None:
-            raise UsageError(reason)
+        require(q.device.type)
         from linbench_kernels.delta import attention
 
-        beta, scale = extras["beta"] * self.strength, q.shape[-1] ** -0.5
-        return attention(q, k, v, beta, log_decay=extras.get("log_decay"), scale=scale)[0]
+        return attention(**self.kernel_operands(q, k, v, extras))[0]
+
+    @torch.no_grad()
+    def fused_prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``prefill_triton`` is then; raises as :meth:`fused`."""
+        self.check(q, k, extras)
+        require(q.device.type)
+        from linbench_kernels.delta import attention
+
+        out, state = attention(**self.kernel_operands(q, k, v, extras), return_state=True)
+        assert state is not None, "it was asked for"
+        return out, state
+
+    @torch.no_grad()
+    def fused_step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``step_triton`` is then: the state is changed in place; raises as :meth:`fused`."""
+        require(q.device.type)
+        from linbench_kernels.delta import step
+
+        return step(**self.kernel_operands(q, k, v, extras), state=state), state
+
+    def kernel_operands(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Tensor]) -> dict[str, Any]:
+        """What the kernels take, by their names, of a sequence or of a token."""
+        beta = extras["beta"] if self.strength == 1 else extras["beta"] * self.strength
+        decay = extras.get("log_decay")
+        return {"q": q, "k": k, "v": v, "beta": beta, "log_decay": decay, "scale": q.shape[-1] ** -0.5}
