@@ -43,8 +43,8 @@ MOVED = {
     },
 }
 """By whether what is removed is a tensor of its own: tensors of B·H·N·D that cross memory with D = M, in the dtype of
-the values, in fp32 and in that of products; states of all segments; and matrices of pairs of all chunks. Programs of one
-head or segment find each other's in the cache."""
+the values, in fp32 and in that of products; states of all segments; and matrices of pairs of all chunks. Programs of
+one head or segment find each other's in the cache."""
 
 
 def costs(arch: str, dtype: str, width: int) -> Iterator[dict[str, Any]]:

@@ -54,7 +54,7 @@ class ChannelDeltaCase(Case):
     """A case of the additive family without its features; −log α is uniform between 0 and twice ``strength``."""
 
     heads: int = 1
-    tokens: int = 35
+    tokens: int = 20
     key_dim: int = 12
     unit: bool = True
     strongest: float = 1.0

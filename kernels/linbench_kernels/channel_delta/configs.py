@@ -31,17 +31,27 @@ class Task:
 
 @functools.cache
 def config(task: Task) -> Config:
-    """The configuration of a kernel; none has been timed.
+    """The configuration of a kernel: for sm_90, bf16 and widths up to 128 no scan spills; none has been timed.
 
     Its columns are of the values in the scans, and of the keys in the gradients.
     """
     width = max(block(task.key_dim), block(task.value_dim))
     if task.arch == "interpreter":
         return Config(chunk=CHUNK, columns=64, warps=4, stages=1)  # wide ones need fewer steps
+    scan = task.kernel in {"forward", "reverse"}
     if task.kernel == "prepare":
-        return Config(chunk=CHUNK, columns=CHUNK, warps=4, stages=1)
+        return Config(chunk=CHUNK, columns=CHUNK, warps=8 if width > 64 else 4, stages=1)
     if task.operand_bytes > 2:
         return Config(chunk=CHUNK, columns=16, warps=8 if width > 64 else 4, stages=1)
     if task.arch == "sm_90" or task.arch.startswith("sm_10"):
-        return Config(chunk=CHUNK, columns=64 if width <= 128 else 32, warps=4 if width <= 64 else 8, stages=2)
-    return Config(chunk=CHUNK, columns=32, warps=4 if width <= 64 else 8, stages=2)
+        return _of_hopper(scan, width)
+    return Config(chunk=CHUNK, columns=32, warps=4 if width <= 64 else 8, stages=2 if scan else 1)
+
+
+def _of_hopper(scan: bool, width: int) -> Config:
+    """And later: blocks of 64 columns for every four warps, which warp groups multiply, where registers allow it."""
+    if width <= 64:
+        return Config(chunk=CHUNK, columns=64, warps=4, stages=2)
+    if scan:
+        return Config(chunk=CHUNK, columns=128 if width <= 128 else 64, warps=8, stages=2)
+    return Config(chunk=CHUNK, columns=32, warps=8, stages=1)

@@ -221,7 +221,7 @@ def backward(
     factors: Tensor | None,
     scale: float,
     with_decay: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, the log decay, β, what is removed and written, and the initial state; empty for None.
 
     Args:
@@ -260,7 +260,8 @@ def backward(
         written_grad,
         None if initial_state is None or before_grad is None else before_grad.to(initial_state.dtype),
     )
-    return q_grad, k_grad, v_grad, *(q.new_empty(0) if y is None else y for y in grads)
+    of_decay, of_beta, of_removed, of_written, of_state = (q.new_empty(0) if y is None else y for y in grads)
+    return q_grad, k_grad, v_grad, of_decay, of_beta, of_removed, of_written, of_state
 
 
 def reverse(
