@@ -6,8 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.cores.delta_rule import DeltaRule
+from linbench.mechanisms.fused import unavailable
 from linbench.mechanisms.gated_deltanet import DecayGate
 
 
@@ -41,3 +43,13 @@ class KimiDeltaAttention(DeltaRule):
     def decayed(self, state: Tensor, *log_decay: Tensor) -> Tensor:
         """Diag(α_t) S_{t−1}."""
         return state * log_decay[0].exp()[..., None]
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """Fused: two kernels forward and four backward, for which a state is stored every 128 tokens."""
+        self.check(q, k, extras)
+        if (reason := unavailable(q.device.type)) is not None:
+            raise UsageError(reason)
+        from linbench_kernels.channel_delta import attention
+
+        beta, scale = extras["beta"] * self.strength, q.shape[-1] ** -0.5
+        return attention(q, k, v, extras["log_decay"], beta=beta, scale=scale)[0]

@@ -8,10 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Gate, Geometry
+from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.delta import Operands
 from linbench.mechanisms.cores.delta_state import DeltaState, Unit, unit
 from linbench.mechanisms.cores.segments import State
+from linbench.mechanisms.fused import unavailable
 
 
 class RWKV7(DeltaState):
@@ -82,3 +85,17 @@ class RWKV7(DeltaState):
             return torch.einsum("bhmd,bhd->bhm", present, r), (present.mT,)
 
         return self.walked(step, None, rows, q, k, v, *(extras[name] for name in self.gates()))
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """Two kernels forward and four backward, after torch has made what is removed and written of the inputs."""
+        self.check(q, k, extras)
+        if (reason := unavailable(q.device.type)) is not None:
+            raise UsageError(reason)
+        from linbench_kernels.channel_delta import attention
+
+        precise = compute_dtype(v)
+        weights = (weight.to(precise) for weight in self.weights)
+        x = self.operands(q, k.to(precise), v, extras, *weights)
+        assert x.keys is not None
+        removed, written, keys = (y.to(v.dtype) for y in (-x.read, x.write, x.keys))
+        return attention(q, keys, v, extras["log_decay"], removed=removed, written=written)[0]

@@ -1,0 +1,57 @@
+"""Tiles, warps and stages of every kernel of the family, by architecture, dtype and width: fixed tables."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from linbench_kernels.additive.configs import Config, block
+
+KERNELS = ("prepare", "forward", "reverse", "reading", "writing")
+CHUNK = 16
+"""Tokens that a program takes at once: as many as one product of tiles has rows."""
+SEGMENT = 8
+"""Chunks between two states that are stored for the backward: 128 tokens."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What of a call decides how a kernel is compiled."""
+
+    kernel: str
+    """One of :data:`KERNELS`."""
+    arch: str
+    operand_bytes: int
+    """Of what products are computed in: 2 for bf16, 4 for tf32 and fp32, 8 for fp64."""
+    key_dim: int
+    value_dim: int
+    separate: bool
+    """What is removed, what is written for it and the keys are three tensors."""
+
+
+@functools.cache
+def config(task: Task) -> Config:
+    """The configuration of a kernel: for sm_90, bf16 and widths up to 128 no scan spills; none has been timed.
+
+    Its columns are of the values in the scans, and of the keys in the gradients.
+    """
+    width = max(block(task.key_dim), block(task.value_dim))
+    if task.arch == "interpreter":
+        return Config(chunk=CHUNK, columns=64, warps=4, stages=1)  # wide ones need fewer steps
+    scan = task.kernel in {"forward", "reverse"}
+    if task.kernel == "prepare":
+        return Config(chunk=CHUNK, columns=CHUNK, warps=8 if width > 64 else 4, stages=1)
+    if task.operand_bytes > 2:
+        return Config(chunk=CHUNK, columns=16, warps=8 if width > 64 else 4, stages=1)
+    if task.arch == "sm_90" or task.arch.startswith("sm_10"):
+        return _of_hopper(scan, width)
+    return Config(chunk=CHUNK, columns=32, warps=4 if width <= 64 else 8, stages=2 if scan else 1)
+
+
+def _of_hopper(scan: bool, width: int) -> Config:
+    """And later: blocks of 64 columns for every four warps, which warp groups multiply, where registers allow it."""
+    if width <= 64:
+        return Config(chunk=CHUNK, columns=64, warps=4, stages=2)
+    if scan:
+        return Config(chunk=CHUNK, columns=128 if width <= 128 else 64, warps=8, stages=2)
+    return Config(chunk=CHUNK, columns=32, warps=8, stages=1)

@@ -1,0 +1,365 @@
+"""Gradients of what is written to the state, of k and of the decays. Segments of tokens at once, after ``reading``."""
+
+import triton
+import triton.language as tl
+
+from linbench_kernels.additive.tiles import load_row, load_tile, operand, store_tile
+from linbench_kernels.channel_decay.within import fading, load_channels, rows_within
+from linbench_kernels.channel_delta.reading import grown, own_pairs, through_state
+from linbench_kernels.channel_delta.rows import border_places, chunk_sums, load_rows
+
+
+@triton.jit
+def written_rows(
+    rows,
+    pairs,
+    read_pairs,
+    queries,
+    reads,
+    sums,
+    read,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """The gradient of what is written ``[CHUNK, COLUMNS]``, of later tokens: ``rows`` and those of the chunk.
+
+    Args:
+        pairs: of values that are written and gradients of what ``queries`` read; ``read_pairs`` of what ``reads`` did,
+            which is subtracted there.
+    """
+    weight = fading(sums, ACC)
+    rows += rows_within(pairs, queries, weight, sums, sums, CHUNK, COLUMNS, True, OPERAND, ACC, PRECISION, SPLIT)
+    weight = fading(read, ACC)
+    rows -= rows_within(read_pairs, reads, weight, sums, read, CHUNK, COLUMNS, True, OPERAND, ACC, PRECISION, SPLIT)
+    return rows
+
+
+@triton.jit(do_not_specialize=["length"])
+def writing_kernel(
+    q,
+    k,
+    removed,
+    written,
+    v,
+    residuals,
+    residual_grads,
+    out_grad,
+    q_factors,
+    k_factors,
+    beta,
+    log_decay,
+    state_grads,
+    met,
+    removed_grad,
+    k_grad,
+    written_grad,
+    decay_dots,
+    decay_grad,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    removed_b,
+    removed_h,
+    removed_n,
+    removed_d,
+    written_b,
+    written_h,
+    written_n,
+    written_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    residuals_b,
+    residuals_h,
+    residuals_n,
+    residuals_d,
+    out_grad_b,
+    out_grad_h,
+    out_grad_n,
+    out_grad_d,
+    log_decay_b,
+    log_decay_h,
+    log_decay_n,
+    log_decay_d,
+    removed_grad_b,
+    removed_grad_h,
+    removed_grad_n,
+    removed_grad_d,
+    k_grad_b,
+    k_grad_h,
+    k_grad_n,
+    k_grad_d,
+    written_grad_b,
+    written_grad_h,
+    written_grad_n,
+    written_grad_d,
+    decay_dots_b,
+    decay_dots_h,
+    decay_dots_n,
+    decay_dots_d,
+    decay_grad_b,
+    decay_grad_h,
+    decay_grad_n,
+    decay_grad_d,
+    heads,
+    length,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """One segment, backward in time. Grid (B·H · segments · blocks of key columns,).
+
+    The gradient of a log decay is what later tokens read of what earlier ones wrote: the sum over the tokens from it to
+    the end of the segment of what they read, less what they write and is read by then, and what goes on beyond.
+
+    Args:
+        state_grads: of the state after every segment, ``[B, H, segments, D, M]``.
+        met: as ``reading`` left it, or None.
+        removed_grad: as ``reading`` left it: a part of ``k_grad`` where k is what is removed.
+        written_grad: None there.
+        decay_dots: as ``reading`` left it, or None, as then ``decay_grad`` is, ``[B, H, N, D]``.
+    """
+    BLOCKS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    SEPARATE: tl.constexpr = removed is not None
+    part, place = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
+    chunks = tl.cdiv(length, CHUNK)
+    segments = tl.cdiv(chunks, SEGMENT)
+    segment, index = place % segments, place // segments
+    batch, head = index // heads, index % heads
+    column = part * COLUMNS
+    inside = (column + tl.arange(0, COLUMNS) < D)[:, None] & (tl.arange(0, BLOCK_M) < M)[None, :]
+    places = border_places(state_grads, place, column, 0, D, M, COLUMNS, BLOCK_M)
+    state_grad = tl.load(places, mask=inside, other=0.0).to(ACC)
+    if decay_grad is not None:
+        from_later = load_channels(met, place, column, D, COLUMNS, ACC)
+    q_strides, k_strides, v_strides = (q_b, q_h, q_n, q_d), (k_b, k_h, k_n, k_d), (v_b, v_h, v_n, v_d)
+    z_strides = (residuals_b, residuals_h, residuals_n, residuals_d)
+    first = (segment * SEGMENT).to(tl.int32)
+    last = tl.minimum(first + SEGMENT, chunks)
+    for turn in tl.range(first, last, num_stages=STAGES):
+        row = (first + last - 1 - turn) * CHUNK
+        out_grads = load_tile(
+            out_grad,
+            (out_grad_b, out_grad_h, out_grad_n, out_grad_d),
+            batch,
+            head,
+            row,
+            0,
+            length,
+            CHUNK,
+            BLOCK_M,
+            M,
+            False,
+        )
+        out_grads = operand(out_grads, OPERAND)
+        changes = operand(
+            load_tile(residual_grads, z_strides, batch, head, row, 0, length, CHUNK, BLOCK_M, M, False), OPERAND
+        )
+        found = load_tile(residuals, z_strides, batch, head, row, 0, length, CHUNK, BLOCK_M, M, False).to(ACC)
+        corrections = found
+        if beta is not None:
+            corrections = found * load_row(beta, batch, head, heads, row, length, CHUNK, ACC)[:, None]
+        corrections = operand(corrections, OPERAND)
+        queries = load_rows(q, q_strides, q_factors, batch, head, heads, row, column, length, CHUNK, COLUMNS, D, ACC)
+        queries *= scale
+        keys = load_rows(k, k_strides, k_factors, batch, head, heads, row, column, length, CHUNK, COLUMNS, D, ACC)
+        sums, read, total = chunk_sums(
+            log_decay,
+            (log_decay_b, log_decay_h, log_decay_n, log_decay_d),
+            batch,
+            head,
+            row,
+            column,
+            length,
+            SEPARATE,
+            CHUNK,
+            COLUMNS,
+            D,
+            OPERAND,
+            ACC,
+        )
+        reads, writes = keys, keys
+        if SEPARATE:
+            reads = load_rows(
+                removed,
+                (removed_b, removed_h, removed_n, removed_d),
+                None,
+                batch,
+                head,
+                heads,
+                row,
+                column,
+                length,
+                CHUNK,
+                COLUMNS,
+                D,
+                ACC,
+            )
+            writes = load_rows(
+                written,
+                (written_b, written_h, written_n, written_d),
+                None,
+                batch,
+                head,
+                heads,
+                row,
+                column,
+                length,
+                CHUNK,
+                COLUMNS,
+                D,
+                ACC,
+            )
+        leaving = fading(total[None, :] - sums, ACC)
+        rows = through_state(state_grad, corrections, OPERAND, ACC, PRECISION, SPLIT) * leaving
+        pairs = tl.dot(corrections, tl.trans(out_grads), input_precision=PRECISION, out_dtype=ACC)
+        read_pairs = tl.dot(corrections, tl.trans(changes), input_precision=PRECISION, out_dtype=ACC)
+        if SEPARATE or k_factors is not None:
+            values = load_tile(v, v_strides, batch, head, row, 0, length, CHUNK, BLOCK_M, M, False)
+        if SEPARATE:
+            values = operand(values, OPERAND)
+            key_rows = through_state(state_grad, values, OPERAND, ACC, PRECISION, SPLIT) * leaving
+            key_pairs = tl.dot(values, tl.trans(out_grads), input_precision=PRECISION, out_dtype=ACC)
+            key_read_pairs = tl.dot(values, tl.trans(changes), input_precision=PRECISION, out_dtype=ACC)
+        elif k_factors is not None:
+            along = tl.sum(changes.to(ACC) * (2 * found - values.to(ACC)), 1)
+        state_grad *= fading(total, ACC)[:, None]
+        state_grad = grown(state_grad, queries * fading(sums, ACC), out_grads, OPERAND, ACC, PRECISION, SPLIT)
+        state_grad = grown(state_grad, -reads * fading(read, ACC), changes, OPERAND, ACC, PRECISION, SPLIT)
+
+        own = own_pairs(pairs, CHUNK)[:, None] * queries
+        rows = written_rows(
+            rows,
+            pairs,
+            read_pairs,
+            queries,
+            reads,
+            sums,
+            read,
+            CHUNK,
+            COLUMNS,
+            OPERAND,
+            ACC,
+            PRECISION,
+            SPLIT,
+        )
+        of_reads = load_tile(
+            removed_grad,
+            (removed_grad_b, removed_grad_h, removed_grad_n, removed_grad_d),
+            batch,
+            head,
+            row,
+            column,
+            length,
+            CHUNK,
+            COLUMNS,
+            D,
+            False,
+        ).to(ACC)
+        dots = writes * rows
+        gradient = rows + own
+        if SEPARATE:
+            store_tile(
+                written_grad,
+                (written_grad_b, written_grad_h, written_grad_n, written_grad_d),
+                batch,
+                head,
+                row,
+                column,
+                length,
+                gradient,
+                CHUNK,
+                COLUMNS,
+                D,
+                False,
+            )
+            own = own_pairs(key_pairs, CHUNK)[:, None] * queries
+            rows = written_rows(
+                key_rows,
+                key_pairs,
+                key_read_pairs,
+                queries,
+                reads,
+                sums,
+                read,
+                CHUNK,
+                COLUMNS,
+                OPERAND,
+                ACC,
+                PRECISION,
+                SPLIT,
+            )
+            dots += keys * rows
+            gradient = rows + own
+        else:
+            gradient += of_reads
+            if k_factors is not None:
+                factor = load_row(k_factors, batch, head, heads, row, length, CHUNK, ACC)
+                gradient = (gradient - keys * along[:, None]) * factor[:, None]
+        store_tile(
+            k_grad,
+            (k_grad_b, k_grad_h, k_grad_n, k_grad_d),
+            batch,
+            head,
+            row,
+            column,
+            length,
+            gradient,
+            CHUNK,
+            COLUMNS,
+            D,
+            False,
+        )
+        if decay_grad is not None:
+            change = load_tile(
+                decay_dots,
+                (decay_dots_b, decay_dots_h, decay_dots_n, decay_dots_d),
+                batch,
+                head,
+                row,
+                column,
+                length,
+                CHUNK,
+                COLUMNS,
+                D,
+                False,
+            )
+            change -= dots
+            over = tl.sum(change, 0)
+            since = from_later[None, :] + over[None, :] - tl.cumsum(change, 0) + change
+            if SEPARATE:
+                since -= reads * of_reads
+            store_tile(
+                decay_grad,
+                (decay_grad_b, decay_grad_h, decay_grad_n, decay_grad_d),
+                batch,
+                head,
+                row,
+                column,
+                length,
+                since,
+                CHUNK,
+                COLUMNS,
+                D,
+                False,
+            )
+            from_later += over
