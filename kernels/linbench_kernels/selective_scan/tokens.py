@@ -1,0 +1,46 @@
+"""Where a sequence begins and ends, and its rows, several of which are loaded at once."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bounds(cu_seqlens, sequence, length):
+    """The batch element of a sequence, its first token, and the one after its last; packed ones share element 0."""
+    if cu_seqlens is None:
+        return sequence, sequence * 0, length
+    else:
+        ends = cu_seqlens + sequence
+        return sequence * 0, tl.load(ends).to(tl.int32), tl.load(ends + 1).to(tl.int32)
+
+
+@triton.jit
+def first_border(cu_seqlens, sequence, first, CHUNK: tl.constexpr):
+    """The place of the first border of a sequence among those of its batch element and head.
+
+    A border is a state that was kept, every ``CHUNK`` tokens from the first of a sequence on. Packed sequences leave a
+    place for every chunk of the whole and one more each, so that nobody has to count.
+    """
+    if cu_seqlens is None:
+        return sequence * 0
+    else:
+        return first // CHUNK + sequence
+
+
+@triton.jit
+def line(x, batch, head, x_b, x_h, x_c, channels):
+    """Pointers to the given channels of token 0."""
+    return x + batch.to(tl.int64) * x_b + head.to(tl.int64) * x_h + channels.to(tl.int64) * x_c
+
+
+@triton.jit
+def load_rows(places, stride, token, end, inside, OTHER: tl.constexpr, TOKENS: tl.constexpr, ACC: tl.constexpr):
+    """A tuple of ``TOKENS`` rows from ``token`` on, each ``places`` further by the stride; OTHER outside and past the end.
+
+    Together, before anything is made of them, so that they wait for the memory together.
+    """
+    rows = ()
+    for ahead in tl.static_range(TOKENS):
+        row = token + ahead
+        rows += (tl.load(places + row.to(tl.int64) * stride, mask=inside & (row < end), other=OTHER).to(ACC),)
+    return rows
