@@ -41,7 +41,7 @@ class Case:
 
     batch: int = 1
     heads: int = 2
-    tokens: int = 37
+    tokens: int = 21
     key_dim: int = 5
     value_dim: int = 12
     dtype: torch.dtype = torch.float32

@@ -52,17 +52,13 @@ def test_any_layout(layout: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("strength", [0.0, 1e-4, 5.0, 1e4, 1e30])
 def test_rates_from_none_to_all_at_once(strength: float, device: torch.device) -> None:
-    assert over(Case(strength=strength), device, TOLERANCE[torch.float32]) == {}
+    assert over(Case(heads=1, strength=strength), device, TOLERANCE[torch.float32]) == {}
 
 
 @pytest.mark.parametrize(("size", "strength"), [(30.0, 0.1), (1e3, 0.0), (1e4, 1e-3), (1e4, 5.0)])
 def test_large_keys(size: float, strength: float, device: torch.device) -> None:
-    """Where levels are so large that their rounding is more than the rate: it has to cancel.
-
-    The largest key has nearly all of the weight, so that the gradient of the keys vanishes: what is left of it is the
-    rounding of v − v, which is small beside the gradient of v.
-    """
-    case = Case(size=size, strength=strength)
+    """Where levels are so large that their rounding is more than the rate: it has to cancel."""
+    case = Case(heads=1, tokens=30, size=size, strength=strength)
     x = {name: tensor.requires_grad_() for name, tensor in case.operands(device).items()}
     wide = {name: tensor.requires_grad_() for name, tensor in exact(x).items()}
     out, state = scan(**x, return_state=True)
@@ -73,7 +69,7 @@ def test_large_keys(size: float, strength: float, device: torch.device) -> None:
     assert relative(out, expected) <= TOLERANCE[torch.float32]
     joint = float(torch.stack([gradient.norm() for gradient in right]).norm())
     for name, gradient, exact_gradient in zip(x, found, right, strict=True):
-        assert relative(gradient, exact_gradient, at_least=0.1 * joint) <= TOLERANCE[torch.float32], name
+        assert relative(gradient, exact_gradient, at_least=0.01 * joint) <= TOLERANCE[torch.float32], name
     assert state is not None
     numerator, denominator, level = state.detach().cpu().double().unbind(2)
     shift = torch.exp(level - expected_state[:, :, 2])
@@ -107,10 +103,18 @@ def test_keys_of_any_size_give_numbers(dtype: torch.dtype, device: torch.device)
     assert relative(out, averages(**exact(x))[0]) <= TOLERANCE[dtype]
 
 
+def test_values_that_are_all_alike_but_for_a_little(device: torch.device) -> None:
+    """Their averages differ as little, and gradients of keys and rates are made of these differences alone."""
+    case = Case(heads=1, tokens=60, channels=5, strength=1e-3, initial=False)
+    x = case.operands(device)
+    values = x["v"] * 2**-10 + 64  # exact in fp32
+    assert over(case, device, 1e-4, v=values) == {}
+
+
 @pytest.mark.parametrize("initial", [False, True])
 def test_keys_of_minus_infinity_have_no_weight(initial: bool, device: torch.device) -> None:
     """The same as if these tokens were not there, but for the time that passes; before any other key rows are 0."""
-    case = Case(tokens=21, initial=initial, strength=0.0)
+    case = Case(tokens=14, initial=initial, strength=0.0)
     x = case.operands(device)
     x["k"][:, :, :6] = -torch.inf
     x["k"][:, :, 11] = -torch.inf
@@ -138,28 +142,28 @@ def test_no_past_at_all_stays_none(device: torch.device) -> None:
     assert bool((state[:, :, 2] == -torch.inf).all())
 
 
-@pytest.mark.parametrize("ends", [(0, 5, 6, 23, 37), (0, 0, 16, 16, 37, 37)])
+@pytest.mark.parametrize("ends", [(0, 2, 3, 12, 13), (0, 0, 8, 8, 13, 13)])
 def test_packed_sequences_know_nothing_of_each_other(ends: tuple[int, ...], device: torch.device) -> None:
     assert over(Case(ends=ends), device, TOLERANCE[torch.float32]) == {}
 
 
 def test_packed_sequences_without_a_state_before(device: torch.device) -> None:
-    case = Case(ends=(0, 17, 20), tokens=20, initial=False, layout="BNH")
+    case = Case(ends=(0, 7, 9), tokens=9, initial=False, layout="BNH")
     assert over(case, device, TOLERANCE[torch.float32]) == {}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="there the default is what the device has")
 def test_defaults_of_a_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "arch_of", lambda _: "sm_90")
-    assert over(Case(heads=1, channels=35), device, TOLERANCE[torch.float32]) == {}
+    assert over(Case(heads=1, channels=35, tokens=19), device, TOLERANCE[torch.float32]) == {}
 
 
 def test_the_future_changes_no_bit_of_the_past(device: torch.device) -> None:
     x = Case().operands(device)
     out, _ = scan(**x)
     for name in PER_TOKEN:
-        x[name][:, :, 23:] *= 1000
-    assert torch.equal(scan(**x)[0][:, :, :23], out[:, :, :23])
+        x[name][:, :, 7:] *= 1000
+    assert torch.equal(scan(**x)[0][:, :, :7], out[:, :, :7])
 
 
 def test_two_halves_with_the_state_between_are_the_whole(device: torch.device) -> None:
@@ -169,7 +173,7 @@ def test_two_halves_with_the_state_between_are_the_whole(device: torch.device) -
     whole, whole_state = scan(**given, return_state=True)
     fixed = {name: x[name] for name in ("rate", "bonus")}
     pieces, carried = [], x["initial_state"]
-    for part in (slice(0, 21), slice(21, None)):
+    for part in (slice(0, 6), slice(6, None)):
         cut = {name: x[name][:, :, part] for name in PER_TOKEN}
         piece, after = scan(**cut, **fixed, initial_state=carried, return_state=True)
         assert after is not None

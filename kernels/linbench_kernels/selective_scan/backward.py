@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import state_places, stored
+from linbench_kernels.additive.tiles import state_places
 from linbench_kernels.selective_scan.forward import state_after
-from linbench_kernels.selective_scan.tokens import bounds, first_border, line, load_rows
+from linbench_kernels.selective_scan.tokens import bounds, first_border, line, load_rows, store_row
 
 
 @triton.jit(do_not_specialize=["length", "borders_per_head"])
@@ -111,15 +111,15 @@ def backward_kernel(
         strides = (after_grad_b, after_grad_h, after_grad_m, after_grad_d)
         places = state_places(after_grad, strides, sequence, head, column, 0, COLUMNS, BLOCK_D)
         grad = tl.load(places, mask=inside, other=0.0).to(ACC)
-    queries = line(q, batch, head, q_b, q_h, q_d, numbers)
-    keys = line(k, batch, head, k_b, k_h, k_d, numbers)
-    values = line(v, batch, head, v_b, v_h, v_m, channels)
-    steps = line(step_size, batch, head, step_b, step_h, step_m, channels)
-    out_grads = line(out_grad, batch, head, out_grad_b, out_grad_h, out_grad_m, channels)
-    q_grads = line(q_grad + part.to(tl.int64) * q_grad_part, batch, head, q_grad_b, q_grad_h, q_grad_d, numbers)
-    k_grads = line(k_grad + part.to(tl.int64) * k_grad_part, batch, head, k_grad_b, k_grad_h, k_grad_d, numbers)
-    v_grads = line(v_grad, batch, head, v_grad_b, v_grad_h, v_grad_m, channels)
-    step_grads = line(step_grad, batch, head, step_grad_b, step_grad_h, step_grad_m, channels)
+    queries = line(q, batch, head, q_b, q_h)
+    keys = line(k, batch, head, k_b, k_h)
+    values = line(v, batch, head, v_b, v_h)
+    steps = line(step_size, batch, head, step_b, step_h)
+    out_grads = line(out_grad, batch, head, out_grad_b, out_grad_h)
+    q_grads = line(q_grad + part.to(tl.int64) * q_grad_part, batch, head, q_grad_b, q_grad_h)
+    k_grads = line(k_grad + part.to(tl.int64) * k_grad_part, batch, head, k_grad_b, k_grad_h)
+    v_grads = line(v_grad, batch, head, v_grad_b, v_grad_h)
+    step_grads = line(step_grad, batch, head, step_grad_b, step_grad_h)
     border = first_border(cu_seqlens, sequence, first, CHUNK)
     borders += (batch.to(tl.int64) * heads + head) * borders_per_head * M * D + in_state
     in_block = tl.arange(0, COLUMNS)[:, None] * BLOCK_D + numbers[None, :]
@@ -136,9 +136,9 @@ def backward_kernel(
         for earlier in range(0, blocks - 1):
             tl.store(scratch + earlier * COLUMNS * BLOCK_D, state)
             token = start + earlier * TOKENS
-            step_rows = load_rows(steps, step_n, token, end, of_values, 0.0, TOKENS, ACC)
-            value_rows = load_rows(values, v_n, token, end, of_values, 0.0, TOKENS, ACC)
-            key_rows = load_rows(keys, k_n, token, end, of_keys, 0.0, TOKENS, ACC)
+            step_rows = load_rows(steps, step_n, step_m, channels, token, end, of_values, 0.0, TOKENS, ACC)
+            value_rows = load_rows(values, v_n, v_m, channels, token, end, of_values, 0.0, TOKENS, ACC)
+            key_rows = load_rows(keys, k_n, k_d, numbers, token, end, of_keys, 0.0, TOKENS, ACC)
             for ahead in tl.static_range(TOKENS):
                 state, _ = state_after(state, rates, step_rows[ahead], value_rows[ahead], key_rows[ahead])
         tl.store(scratch + (blocks - 1) * COLUMNS * BLOCK_D, state)
@@ -146,11 +146,11 @@ def backward_kernel(
         for block_from_last in range(0, blocks):
             block = blocks - 1 - block_from_last
             token = start + block * TOKENS
-            step_rows = load_rows(steps, step_n, token, end, of_values, 0.0, TOKENS, ACC)
-            value_rows = load_rows(values, v_n, token, end, of_values, 0.0, TOKENS, ACC)
-            key_rows = load_rows(keys, k_n, token, end, of_keys, 0.0, TOKENS, ACC)
-            query_rows = load_rows(queries, q_n, token, end, of_keys, 0.0, TOKENS, ACC)
-            grad_rows = load_rows(out_grads, out_grad_n, token, end, of_values, 0.0, TOKENS, ACC)
+            step_rows = load_rows(steps, step_n, step_m, channels, token, end, of_values, 0.0, TOKENS, ACC)
+            value_rows = load_rows(values, v_n, v_m, channels, token, end, of_values, 0.0, TOKENS, ACC)
+            key_rows = load_rows(keys, k_n, k_d, numbers, token, end, of_keys, 0.0, TOKENS, ACC)
+            query_rows = load_rows(queries, q_n, q_d, numbers, token, end, of_keys, 0.0, TOKENS, ACC)
+            grad_rows = load_rows(out_grads, out_grad_n, out_grad_m, channels, token, end, of_values, 0.0, TOKENS, ACC)
             states = (tl.load(scratch + block * COLUMNS * BLOCK_D),)
             decays = ()
             for ahead in tl.static_range(TOKENS):
@@ -169,14 +169,11 @@ def backward_kernel(
                 skip_sums += row_grad * value_rows[ahead]
                 of_step = tl.sum(of_log_decay * rates, 1) + of_added * value_rows[ahead]
                 of_value = of_added * step_rows[ahead] + skips * row_grad
-                row = (token + ahead).to(tl.int64)
-                there = token + ahead < end
-                tl.store(q_grads + row * q_grad_n, stored(of_query, q_grad.dtype.element_ty), mask=of_keys & there)
-                tl.store(k_grads + row * k_grad_n, stored(of_key, k_grad.dtype.element_ty), mask=of_keys & there)
-                tl.store(v_grads + row * v_grad_n, stored(of_value, v_grad.dtype.element_ty), mask=of_values & there)
-                tl.store(
-                    step_grads + row * step_grad_n, stored(of_step, step_grad.dtype.element_ty), mask=of_values & there
-                )
+                row = token + ahead
+                store_row(q_grads, q_grad_n, q_grad_d, numbers, row, end, of_keys, of_query)
+                store_row(k_grads, k_grad_n, k_grad_d, numbers, row, end, of_keys, of_key)
+                store_row(v_grads, v_grad_n, v_grad_m, channels, row, end, of_values, of_value)
+                store_row(step_grads, step_grad_n, step_grad_m, channels, row, end, of_values, of_step)
         tl.debug_barrier()
     of_head = index.to(tl.int64) * M
     tl.store(rate_grad + of_head * D + in_state, rate_sums, mask=inside)

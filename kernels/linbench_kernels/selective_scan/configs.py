@@ -29,23 +29,32 @@ class Task:
 
 
 def border_distance(arch: str, key_dim: int) -> int:
-    """Tokens from one state that is kept for the backward to the next: half of v in bf16, or less, in all."""
-    return 16 if arch == "interpreter" else max(64, 4 * power(key_dim))
+    """Tokens from one state that is kept for the backward to the next: all of them are as large as v in bf16, or less.
+
+    The states between two borders, of which the backward keeps some for itself, then take about as much.
+    """
+    return 16 if arch == "interpreter" else max(64, 2 * power(key_dim))
 
 
 @functools.cache
 def config(task: Task) -> Config:
     """The configuration of a kernel; its ``columns`` are channels, and its ``chunk`` the tokens that are loaded at once.
 
-    Programs of the forward are small, because they share nothing but q and k. One of the backward has as many channels
-    as it can, because the gradients of q and k are sums over them.
+    A thread has 8 or 16 numbers of the state: more of them share what is loaded for a row and a column, and fewer spill.
+    Programs of the forward are one warp, which waits for no other; those of the backward have all channels of a head if
+    they can, because the gradients of q and k are sums over them.
     """
-    width = power(task.key_dim)
+    width, channels = power(task.key_dim), power(task.value_dim)
     if task.arch == "interpreter":
-        return Config(chunk=4, columns=min(power(task.value_dim), 32), warps=4, stages=1)
-    numbers = 4096 if task.kernel == "backward" else 1024
-    columns = min(power(task.value_dim), max(numbers // width, 4))
-    warps = min(max(columns * width // 256, 1), 16)
-    if task.kernel == "backward":
-        return Config(chunk=4, columns=columns, warps=warps, stages=1)
-    return Config(chunk=8, columns=columns, warps=warps, stages=1)
+        return Config(chunk=4, columns=min(channels, 32), warps=4, stages=1)
+    per_thread = 16 if task.bytes == 4 else 8
+    if task.kernel == "step":
+        columns = min(channels, max(1024 // width, 4))
+        return Config(chunk=1, columns=columns, warps=4, stages=1)
+    if task.kernel == "forward":
+        columns = min(channels, max(32 * per_thread // width, 4))
+        return Config(chunk=8, columns=columns, warps=max(columns * width // (32 * per_thread), 1), stages=1)
+    columns = min(channels, max(256 * per_thread // width, 4))
+    if columns * width <= 128 * per_thread:
+        return Config(chunk=4, columns=columns, warps=max(columns * width // (16 * per_thread), 1), stages=1)
+    return Config(chunk=2, columns=columns, warps=8, stages=1)

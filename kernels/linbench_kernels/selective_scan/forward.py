@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.scan import LOG2_E
-from linbench_kernels.additive.tiles import state_places, stored
-from linbench_kernels.selective_scan.tokens import bounds, first_border, line, load_rows
+from linbench_kernels.additive.tiles import state_places
+from linbench_kernels.selective_scan.tokens import bounds, first_border, line, load_rows, store_row
 
 
 @triton.jit
@@ -87,11 +87,11 @@ def forward_kernel(
         strides = (before_b, before_h, before_m, before_d)
         places = state_places(before, strides, sequence, head, column, 0, COLUMNS, BLOCK_D)
         state = tl.load(places, mask=inside, other=0.0).to(ACC)
-    queries = line(q, batch, head, q_b, q_h, q_d, numbers)
-    keys = line(k, batch, head, k_b, k_h, k_d, numbers)
-    values = line(v, batch, head, v_b, v_h, v_m, channels)
-    steps = line(step_size, batch, head, step_b, step_h, step_m, channels)
-    outs = line(out, batch, head, out_b, out_h, out_m, channels)
+    queries = line(q, batch, head, q_b, q_h)
+    keys = line(k, batch, head, k_b, k_h)
+    values = line(v, batch, head, v_b, v_h)
+    steps = line(step_size, batch, head, step_b, step_h)
+    outs = line(out, batch, head, out_b, out_h)
     border = first_border(cu_seqlens, sequence, first, CHUNK)
     if borders is not None:
         borders += (batch.to(tl.int64) * heads + head) * borders_per_head * M * D
@@ -101,16 +101,14 @@ def forward_kernel(
             if block % (CHUNK // TOKENS) == 0:
                 kept = borders + (border + block // (CHUNK // TOKENS)).to(tl.int64) * M * D
                 tl.store(kept + channels[:, None] * D + numbers[None, :], state, mask=inside)
-        step_rows = load_rows(steps, step_n, token, end, of_values, 0.0, TOKENS, ACC)
-        value_rows = load_rows(values, v_n, token, end, of_values, 0.0, TOKENS, ACC)
-        key_rows = load_rows(keys, k_n, token, end, of_keys, 0.0, TOKENS, ACC)
-        query_rows = load_rows(queries, q_n, token, end, of_keys, 0.0, TOKENS, ACC)
+        step_rows = load_rows(steps, step_n, step_m, channels, token, end, of_values, 0.0, TOKENS, ACC)
+        value_rows = load_rows(values, v_n, v_m, channels, token, end, of_values, 0.0, TOKENS, ACC)
+        key_rows = load_rows(keys, k_n, k_d, numbers, token, end, of_keys, 0.0, TOKENS, ACC)
+        query_rows = load_rows(queries, q_n, q_d, numbers, token, end, of_keys, 0.0, TOKENS, ACC)
         for ahead in tl.static_range(TOKENS):
             state, _ = state_after(state, rates, step_rows[ahead], value_rows[ahead], key_rows[ahead])
             result = tl.sum(state * query_rows[ahead][None, :], 1) + skips * value_rows[ahead]
-            row = token + ahead
-            places = outs + row.to(tl.int64) * out_n
-            tl.store(places, stored(result, out.dtype.element_ty), mask=of_values & (row < end))
+            store_row(outs, out_n, out_m, channels, token + ahead, end, of_values, result)
     if after is not None:
         kept = after + index.to(tl.int64) * M * D
         tl.store(kept + channels[:, None] * D + numbers[None, :], state, mask=inside)

@@ -40,6 +40,11 @@ def border_shape(q: Tensor, value_dim: int, cu_seqlens: Tensor | None, arch: str
     return batch, heads, places, value_dim, key_dim
 
 
+def new_borders(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, cu_seqlens: Tensor | None) -> Tensor:
+    """Room for the states at borders; packed sequences do not fill all of it, and what is returned is defined."""
+    return like.new_empty(shape, dtype=dtype) if cu_seqlens is None else like.new_zeros(shape, dtype=dtype)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -61,7 +66,7 @@ def forward(
     out = torch.empty_like(v)
     state = q.new_empty(count, heads, value_dim, key_dim, dtype=numbers.state) if keep_state else None
     shape = border_shape(q, value_dim, cu_seqlens, arch)
-    borders = q.new_empty(shape, dtype=numbers.state) if keep_borders else None
+    borders = new_borders(q, shape, numbers.state, cu_seqlens) if keep_borders else None
     if count * heads > 0:
         forward_kernel[(count * heads * triton.cdiv(value_dim, chosen.columns),)](
             q,

@@ -205,7 +205,5 @@ def step_op(
 
 
 @step_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, step_size: Tensor, rate: Tensor, skip: Tensor | None
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor, step_size: Tensor, rate: Tensor, skip: Tensor | None) -> Tensor:
     return v.new_empty(v.shape)

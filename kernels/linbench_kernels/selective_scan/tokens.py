@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.tiles import stored
+
 
 @triton.jit
 def bounds(cu_seqlens, sequence, length):
@@ -28,19 +30,27 @@ def first_border(cu_seqlens, sequence, first, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def line(x, batch, head, x_b, x_h, x_c, channels):
-    """Pointers to the given channels of token 0."""
-    return x + batch.to(tl.int64) * x_b + head.to(tl.int64) * x_h + channels.to(tl.int64) * x_c
+def line(x, batch, head, x_b, x_h):
+    """A pointer to token 0, from which rows and channels are counted: one number for all threads."""
+    return x + batch.to(tl.int64) * x_b + head.to(tl.int64) * x_h
 
 
 @triton.jit
-def load_rows(places, stride, token, end, inside, OTHER: tl.constexpr, TOKENS: tl.constexpr, ACC: tl.constexpr):
-    """A tuple of ``TOKENS`` rows from ``token`` on, each ``places`` further by the stride; OTHER outside and past the end.
+def load_rows(x, x_n, x_c, channels, token, end, inside, OTHER: tl.constexpr, TOKENS: tl.constexpr, ACC: tl.constexpr):
+    """A tuple of ``TOKENS`` rows from ``token`` on, OTHER outside of the channels and past the end.
 
     Together, before anything is made of them, so that they wait for the memory together.
     """
     rows = ()
     for ahead in tl.static_range(TOKENS):
         row = token + ahead
-        rows += (tl.load(places + row.to(tl.int64) * stride, mask=inside & (row < end), other=OTHER).to(ACC),)
+        places = x + row.to(tl.int64) * x_n + channels.to(tl.int64) * x_c
+        rows += (tl.load(places, mask=inside & (row < end), other=OTHER).to(ACC),)
     return rows
+
+
+@triton.jit
+def store_row(x, x_n, x_c, channels, row, end, inside, values):
+    """Write a row in the dtype of ``x``, if it is before the end."""
+    places = x + row.to(tl.int64) * x_n + channels.to(tl.int64) * x_c
+    tl.store(places, stored(values, x.dtype.element_ty), mask=inside & (row < end))

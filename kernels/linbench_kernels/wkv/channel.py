@@ -1,9 +1,11 @@
-"""One token of a channel: sums of the past relative to a level, so that nothing overflows.
+"""One token of a channel: the past as its average, the sum of its weights, and the level that they are relative to.
 
-Numerator and denominator are those of the formula divided by e to the level, which is the largest logarithm of a weight
-so far. Any other level would give the same: no gradient goes through it. Levels and keys are subtracted from each other
-first, which is exact where they are close, so that where they are large their rounding does not become one of the rate
-and the bonus.
+Weights are divided by e to the level, which is the largest logarithm of one so far, so that nothing overflows. Any other
+level would give the same: no gradient goes through it. Levels and keys are subtracted from each other first, which is
+exact where they are close, so that where they are large their rounding does not become one of the rate and the bonus.
+
+With a share s of a token in an average a, the next one is a + s (v − a). Gradients of keys and rates are sums of such
+differences. From a numerator they would be differences of two sums over all later tokens, each as large as v.
 """
 
 import triton
@@ -14,25 +16,28 @@ LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
-def seen(numerator, denominator, level, key, value, bonus):
-    """The average that a token sees, one over the sum of its weights, and the weights of the past and of itself.
+def reciprocal(x):
+    """1 / x; 1 where x is 0, which takes keys of −∞ and no past."""
+    return 1.0 / tl.where(x == 0, 1.0, x)
 
-    The larger of the two weights is 1. Where nothing has any weight, which takes keys of −∞, the average is 0.
-    """
+
+@triton.jit
+def seen(weight, level, key, bonus):
+    """What a token sees: one over the sum of all weights, that of the past, and its own. The larger factor is 1."""
     lead = (level - key) - bonus
     fading = tl.exp(-tl.abs(lead))
     past = tl.where(lead < 0, fading, 1.0)
     present = tl.where(lead < 0, 1.0, fading)
-    total = past * denominator + present
-    inverse = 1.0 / tl.where(total == 0, 1.0, total)
-    return (past * numerator + present * value) * inverse, inverse, past, present
+    return reciprocal(past * weight + present), past, present
 
 
 @triton.jit
-def joined(level, key, rate):
-    """The level after a token, and the factors of what was there and of the token."""
+def joined(weight, level, key, rate):
+    """The sum of weights and the level after a token, the factor of what was there, that of the token, and its share."""
     after = tl.maximum(tl.maximum(level - rate, key), LOWEST)
-    return after, tl.exp((level - after) - rate), tl.exp(key - after)
+    faded, joining = tl.exp((level - after) - rate), tl.exp(key - after)
+    weight = faded * weight + joining
+    return weight, after, faded, joining, joining * reciprocal(weight)
 
 
 @triton.jit
@@ -44,16 +49,16 @@ def gate(receptance):
 
 @triton.jit
 def load_state(x, stride, inside, ACC: tl.constexpr):
-    """Numerator, denominator and level of channels, the three ``stride`` apart."""
+    """Average, weight and level of channels, from numerator, denominator and level, which are ``stride`` apart."""
     numerator = tl.load(x, mask=inside, other=0.0).to(ACC)
-    denominator = tl.load(x + stride, mask=inside, other=0.0).to(ACC)
+    weight = tl.load(x + stride, mask=inside, other=0.0).to(ACC)
     level = tl.load(x + 2 * stride, mask=inside, other=0.0).to(ACC)
-    return numerator, denominator, tl.maximum(level, LOWEST)
+    return numerator * reciprocal(weight), weight, tl.maximum(level, LOWEST)
 
 
 @triton.jit
-def store_state(x, stride, inside, numerator, denominator, level):
-    """The three; a level of no past at all as −∞."""
-    tl.store(x, numerator, mask=inside)
-    tl.store(x + stride, denominator, mask=inside)
+def store_state(x, stride, inside, average, weight, level):
+    """The other way round; a level of no past at all as −∞."""
+    tl.store(x, average * weight, mask=inside)
+    tl.store(x + stride, weight, mask=inside)
     tl.store(x + 2 * stride, tl.where(level <= LOWEST, float("-inf"), level), mask=inside)

@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import stored
-from linbench_kernels.selective_scan.tokens import bounds, first_border, line, load_rows
+from linbench_kernels.selective_scan.tokens import bounds, first_border, line, load_rows, store_row
 from linbench_kernels.wkv.channel import LOWEST, gate, joined, load_state, seen, store_state
 
 
@@ -62,35 +61,37 @@ def forward_kernel(
     inside = channels < M
     rates = tl.load(rate + head * M + channels, mask=inside, other=0.0).to(ACC)
     bonuses = tl.load(bonus + head * M + channels, mask=inside, other=0.0).to(ACC)
-    numerator = tl.zeros([COLUMNS], dtype=ACC)
-    denominator = tl.zeros([COLUMNS], dtype=ACC)
+    average = tl.zeros([COLUMNS], dtype=ACC)
+    weight = tl.zeros([COLUMNS], dtype=ACC)
     level = tl.full([COLUMNS], LOWEST, dtype=ACC)
     if before is not None:
-        places = line(before, sequence, head, before_b, before_h, before_m, channels)
-        numerator, denominator, level = load_state(places, before_part, inside, ACC)
-    receptances = line(r, batch, head, r_b, r_h, r_m, channels)
-    keys = line(k, batch, head, k_b, k_h, k_m, channels)
-    values = line(v, batch, head, v_b, v_h, v_m, channels)
-    outs = line(out, batch, head, out_b, out_h, out_m, channels)
+        places = line(before, sequence, head, before_b, before_h) + channels.to(tl.int64) * before_m
+        average, weight, level = load_state(places, before_part, inside, ACC)
+    receptances = line(r, batch, head, r_b, r_h)
+    keys = line(k, batch, head, k_b, k_h)
+    values = line(v, batch, head, v_b, v_h)
+    outs = line(out, batch, head, out_b, out_h)
     border = first_border(cu_seqlens, sequence, first, TOKENS)
     if borders is not None:
         borders += (batch.to(tl.int64) * heads + head) * borders_per_head * 3 * M + channels
+    receptances_next = load_rows(receptances, r_n, r_m, channels, first, end, inside, 0.0, TOKENS, ACC)
+    keys_next = load_rows(keys, k_n, k_m, channels, first, end, inside, float("-inf"), TOKENS, ACC)
+    values_next = load_rows(values, v_n, v_m, channels, first, end, inside, 0.0, TOKENS, ACC)
     for block in range(0, tl.cdiv(end - first, TOKENS)):
         token = first + block * TOKENS
         if borders is not None:
             kept = borders + (border + block).to(tl.int64) * 3 * M
-            store_state(kept, M, inside, numerator, denominator, level)
-        receptance_rows = load_rows(receptances, r_n, token, end, inside, 0.0, TOKENS, ACC)
-        key_rows = load_rows(keys, k_n, token, end, inside, float("-inf"), TOKENS, ACC)
-        value_rows = load_rows(values, v_n, token, end, inside, 0.0, TOKENS, ACC)
+            store_state(kept, M, inside, average, weight, level)
+        receptance_rows, key_rows, value_rows = receptances_next, keys_next, values_next
+        receptances_next = load_rows(receptances, r_n, r_m, channels, token + TOKENS, end, inside, 0.0, TOKENS, ACC)
+        keys_next = load_rows(keys, k_n, k_m, channels, token + TOKENS, end, inside, float("-inf"), TOKENS, ACC)
+        values_next = load_rows(values, v_n, v_m, channels, token + TOKENS, end, inside, 0.0, TOKENS, ACC)
         for ahead in tl.static_range(TOKENS):
-            key, value, there = key_rows[ahead], value_rows[ahead], token + ahead < end
-            average, _, _, _ = seen(numerator, denominator, level, key, value, bonuses)
-            level, faded, joining = joined(level, key, tl.where(there, rates, 0.0))
-            numerator = faded * numerator + joining * value
-            denominator = faded * denominator + joining
-            result = gate(receptance_rows[ahead]) * average
-            places = outs + (token + ahead).to(tl.int64) * out_n
-            tl.store(places, stored(result, out.dtype.element_ty), mask=inside & there)
+            key, change = key_rows[ahead], value_rows[ahead] - average
+            inverse, _, present = seen(weight, level, key, bonuses)
+            result = gate(receptance_rows[ahead]) * (average + present * inverse * change)
+            weight, level, _, _, share = joined(weight, level, key, tl.where(token + ahead < end, rates, 0.0))
+            average += share * change
+            store_row(outs, out_n, out_m, channels, token + ahead, end, inside, result)
     if after is not None:
-        store_state(after + index.to(tl.int64) * 3 * M + channels, M, inside, numerator, denominator, level)
+        store_state(after + index.to(tl.int64) * 3 * M + channels, M, inside, average, weight, level)

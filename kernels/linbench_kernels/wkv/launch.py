@@ -9,7 +9,7 @@ from torch import Tensor
 from linbench_kernels.additive.configs import arithmetic
 from linbench_kernels.additive.launch import small, strides
 from linbench_kernels.device import architecture
-from linbench_kernels.selective_scan.launch import borders_per_head, sequences
+from linbench_kernels.selective_scan.launch import borders_per_head, new_borders, sequences
 from linbench_kernels.wkv.backward import backward_kernel
 from linbench_kernels.wkv.configs import config
 from linbench_kernels.wkv.forward import forward_kernel
@@ -49,7 +49,7 @@ def forward(
     out = torch.empty_like(v)
     state = k.new_empty(count, heads, PARTS, width, dtype=numbers.state) if keep_state else None
     shape = border_shape(k, cu_seqlens, arch)
-    borders = k.new_empty(shape, dtype=numbers.state) if keep_borders else None
+    borders = new_borders(k, shape, numbers.state, cu_seqlens) if keep_borders else None
     if count * heads > 0:
         forward_kernel[(count * heads * triton.cdiv(width, chosen.columns),)](
             r,

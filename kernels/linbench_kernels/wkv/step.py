@@ -51,11 +51,11 @@ def step_kernel(
     value = load_vector(v, (v_b, v_h, v_m), batch, head, column, M, COLUMNS, ACC)
     rates = tl.load(rate + head * M + channels, mask=inside, other=0.0).to(ACC)
     bonuses = tl.load(bonus + head * M + channels, mask=inside, other=0.0).to(ACC)
-    places = line(state, batch, head, state_b, state_h, state_m, channels)
-    numerator, denominator, level = load_state(places, state_part, inside, ACC)
-    average, _, _, _ = seen(numerator, denominator, level, key, value, bonuses)
-    level, faded, joining = joined(level, key, rates)
-    numerator, denominator = faded * numerator + joining * value, faded * denominator + joining
-    store_state(places, state_part, inside, numerator, denominator, level)
-    result = gate(receptance) * average
+    places = line(state, batch, head, state_b, state_h) + channels.to(tl.int64) * state_m
+    average, weight, level = load_state(places, state_part, inside, ACC)
+    change = value - average
+    inverse, _, present = seen(weight, level, key, bonuses)
+    result = gate(receptance) * (average + present * inverse * change)
+    weight, level, _, _, share = joined(weight, level, key, rates)
+    store_state(places, state_part, inside, average + share * change, weight, level)
     tl.store(out + index.to(tl.int64) * M + channels, stored(result, out.dtype.element_ty), mask=inside)
