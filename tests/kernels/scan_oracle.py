@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def one_by_one(
 ) -> Results:
     """Packed sequences by a recurrence that knows of no packing: each alone, from its own initial state."""
     outs, states = [], []
-    for index, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for index, (first, end) in enumerate(itertools.pairwise(ends)):
         cut = {name: tensor[:, :, first:end] if name in per_token else tensor for name, tensor in x.items()}
         if "initial_state" in cut:
             cut["initial_state"] = x["initial_state"][index : index + 1]

@@ -81,7 +81,7 @@ class Case:
 
     def options(self, device: torch.device) -> dict[str, Any]:
         """Of the operator."""
-        return {"cu_seqlens": torch.tensor(self.ends, device=device)} if self.ends else {}
+        return {"cu_seqlens": torch.tensor(self.ends, device=device, dtype=torch.int32)} if self.ends else {}
 
 
 def over(case: Case, device: torch.device, tolerance: float, **changed: Tensor) -> dict[str, float]:

@@ -8,17 +8,20 @@ from oracle import relative
 
 from linbench import registry
 
-NAMES = ("lightning", "linear", "mamba2", "retnet")
+NAMES = ("lightning", "linear", "mamba", "mamba2", "retnet", "rwkv4")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 def test_triton_is_the_reference(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    shape = {"heads": 3, "key_dim": 10, "value_dim": 14, "causal": True}
+    value_dim = 10 if name == "rwkv4" else 14  # its keys weigh values of their own channel
+    tokens = 18 if name in {"mamba", "rwkv4"} else 70  # the interpreter walks those of the elementwise scans one by one
+    shape = {"heads": 3, "key_dim": 10, "value_dim": value_dim, "causal": True}
     mechanism = registry.build(name, implementation="triton", **shape).to(device)
     generator = torch.Generator().manual_seed(1)
     q, k, v = (
-        torch.randn(2, 3, 70, width, generator=generator).to(device, dtype).requires_grad_() for width in (10, 10, 14)
+        torch.randn(2, 3, tokens, width, generator=generator).to(device, dtype).requires_grad_()
+        for width in (10, 10, value_dim)
     )
     extras = mechanism.make_extras(q, k, v, generator)
     given = [q, k, v, *extras.values(), *mechanism.parameters()]

@@ -18,15 +18,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, to
 NAMES = (*PER_TOKEN, "rate", "skip", "initial_state")
 
 
-@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_outputs_states_and_gradients_are_those_of_the_recurrence(
-    dtype: torch.dtype, skip: bool, device: torch.device
-) -> None:
-    assert over(Case(dtype=dtype, skip=skip), device, TOLERANCE[dtype]) == {}
+def test_outputs_states_and_gradients_are_those_of_the_recurrence(dtype: torch.dtype, device: torch.device) -> None:
+    assert over(Case(dtype=dtype), device, TOLERANCE[dtype]) == {}
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 15, 16, 17])
+@pytest.mark.parametrize("tokens", [1, 4, 15, 16, 17])
 def test_any_number_of_tokens(tokens: int, device: torch.device) -> None:
     case = Case(tokens=tokens, heads=1, key_dim=3, value_dim=7, skip=tokens % 2 == 0, initial=tokens != 17)
     assert over(case, device, TOLERANCE[torch.float32]) == {}
@@ -59,7 +56,7 @@ def test_defaults_of_a_device(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout: str, device: torch.device) -> None:
-    case = Case(batch=2, tokens=9, layout=layout)
+    case = Case(batch=2, tokens=5, layout=layout)
     assert over(case, device, TOLERANCE[torch.float32]) == {}
     x = case.operands(device)
     assert scan(**x)[0].stride() == torch.empty_like(x["v"]).stride()
@@ -67,7 +64,7 @@ def test_any_layout(layout: str, device: torch.device) -> None:
 
 def test_one_key_for_all_heads(device: torch.device) -> None:
     """Expanded over heads it is read where it is, and its gradient is the sum over them."""
-    case = Case(tokens=9, heads=3)
+    case = Case(tokens=5, heads=3)
     x = case.operands(device)
     x["q"], x["k"] = (x[name][:, :1].clone().requires_grad_() for name in "qk")
     out, _ = scan(**x | {name: x[name].expand(-1, 3, -1, -1) for name in "qk"})
@@ -88,7 +85,7 @@ def test_decays_from_none_to_all_at_once(strength: float, device: torch.device) 
 
 def test_steps_of_all_sizes(device: torch.device) -> None:
     """0, which neither fades nor writes, and ones after which nothing of the past is left."""
-    case = Case(heads=1)
+    case = Case(heads=1, value_dim=6)
     sizes = case.operands(device)["step_size"].detach()
     sizes[:, :, 3:9] = 0
     sizes[:, :, 12, ::2] = 1e6
@@ -116,25 +113,22 @@ def test_steps_in_the_dtype_of_the_values(device: torch.device) -> None:
 
 @pytest.mark.parametrize("ends", [(0, 2, 3, 20, 21), (0, 0, 16, 16, 21, 21)])
 def test_packed_sequences_know_nothing_of_each_other(ends: tuple[int, ...], device: torch.device) -> None:
-    assert over(Case(ends=ends), device, TOLERANCE[torch.float32]) == {}
+    assert over(Case(heads=1, ends=ends), device, TOLERANCE[torch.float32]) == {}
 
 
 def test_packed_sequences_without_a_state_before(device: torch.device) -> None:
-    case = Case(ends=(0, 17, 20), tokens=20, initial=False, layout="BNH")
+    case = Case(heads=1, ends=(0, 17, 20), tokens=20, initial=False, layout="BNH")
     assert over(case, device, TOLERANCE[torch.float32]) == {}
-    packed, _ = scan(**case.operands(device), **case.options(device))
-    as_int32, _ = scan(**case.operands(device), cu_seqlens=case.options(device)["cu_seqlens"].int())
-    assert torch.equal(packed, as_int32)
 
 
 def test_channels_in_several_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose shares of the gradients of q and k are summed."""
     narrow = launch.Config(chunk=4, columns=4, warps=1, stages=1)
     monkeypatch.setattr(launch, "config", lambda _: narrow)
-    assert over(Case(heads=1, value_dim=11, tokens=9), device, TOLERANCE[torch.float32]) == {}
+    assert over(Case(heads=1, value_dim=11, tokens=6), device, TOLERANCE[torch.float32]) == {}
     assert (
         over(
-            Case(heads=1, value_dim=11, tokens=9, dtype=torch.bfloat16, layout="BNH"), device, TOLERANCE[torch.bfloat16]
+            Case(heads=1, value_dim=11, tokens=6, dtype=torch.bfloat16, layout="BNH"), device, TOLERANCE[torch.bfloat16]
         )
         == {}
     )
@@ -199,10 +193,10 @@ def test_steps_are_the_recurrence(dtype: torch.dtype, device: torch.device) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("keep_state", [False, True])
+@pytest.mark.parametrize(("keep_state", "packed"), [(False, False), (True, True)])
 def test_opcheck_of_the_scan(keep_state: bool, packed: bool, device: torch.device) -> None:
-    case = Case(tokens=5, key_dim=3, value_dim=2, layout="BNH" if packed else "BHN", initial=keep_state, skip=packed)
+    layout = "BNH" if packed else "BHN"
+    case = Case(tokens=5, heads=1, key_dim=3, value_dim=2, layout=layout, initial=keep_state, skip=packed)
     case = dataclasses.replace(case, ends=(0, 2, 5) if packed else ())
     x = {name: tensor.detach().requires_grad_() for name, tensor in case.operands(device).items()}
     operands = [x.get(name) for name in NAMES]

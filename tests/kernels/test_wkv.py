@@ -22,17 +22,14 @@ def exact(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().double() for name, tensor in x.items()}
 
 
-@pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_outputs_states_and_gradients_are_those_of_the_formula(
-    dtype: torch.dtype, initial: bool, device: torch.device
-) -> None:
-    assert over(Case(dtype=dtype, initial=initial), device, TOLERANCE[dtype]) == {}
+def test_outputs_states_and_gradients_are_those_of_the_formula(dtype: torch.dtype, device: torch.device) -> None:
+    assert over(Case(dtype=dtype), device, TOLERANCE[dtype]) == {}
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 9])
 def test_any_number_of_tokens(tokens: int, device: torch.device) -> None:
-    case = Case(tokens=tokens, heads=1, channels=7, initial=tokens % 2 == 0)
+    case = Case(tokens=tokens, heads=1, channels=7, initial=tokens == 4)
     assert over(case, device, TOLERANCE[torch.float32]) == {}
 
 
@@ -44,7 +41,7 @@ def test_any_number_of_channels(channels: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout: str, device: torch.device) -> None:
-    case = Case(batch=2, tokens=9, layout=layout)
+    case = Case(batch=2, tokens=5, layout=layout)
     assert over(case, device, TOLERANCE[torch.float32]) == {}
     x = case.operands(device)
     assert scan(**x)[0].stride() == torch.empty_like(x["v"]).stride()
@@ -104,17 +101,22 @@ def test_keys_of_any_size_give_numbers(dtype: torch.dtype, device: torch.device)
 
 
 def test_values_that_are_all_alike_but_for_a_little(device: torch.device) -> None:
-    """Their averages differ as little, and gradients of keys and rates are made of these differences alone."""
-    case = Case(heads=1, tokens=60, channels=5, strength=1e-3, initial=False)
-    x = case.operands(device)
-    values = x["v"] * 2**-10 + 64  # exact in fp32
-    assert over(case, device, 1e-4, v=values) == {}
+    """Gradients of keys and rates are made of their differences, a thousandth of them: three of the digits are left."""
+    x = Case(heads=1, tokens=60, channels=5, strength=1e-3, initial=False).operands(device)
+    x["v"] = x["v"] / 16 + 64
+    given = {name: tensor.requires_grad_() for name, tensor in x.items()}
+    wide = {name: tensor.requires_grad_() for name, tensor in exact(x).items()}
+    toward = torch.randn(x["v"].shape, generator=torch.Generator().manual_seed(4))
+    found = torch.autograd.grad(scan(**given)[0], [given["k"], given["rate"]], toward.to(device))
+    right = torch.autograd.grad(averages(**wide)[0], [wide["k"], wide["rate"]], toward.double())
+    for gradient, exact_gradient in zip(found, right, strict=True):
+        assert relative(gradient, exact_gradient) <= 1e-3
 
 
 @pytest.mark.parametrize("initial", [False, True])
 def test_keys_of_minus_infinity_have_no_weight(initial: bool, device: torch.device) -> None:
     """The same as if these tokens were not there, but for the time that passes; before any other key rows are 0."""
-    case = Case(tokens=14, initial=initial, strength=0.0)
+    case = Case(heads=1, tokens=14, initial=initial, strength=0.0)
     x = case.operands(device)
     x["k"][:, :, :6] = -torch.inf
     x["k"][:, :, 11] = -torch.inf
@@ -144,11 +146,11 @@ def test_no_past_at_all_stays_none(device: torch.device) -> None:
 
 @pytest.mark.parametrize("ends", [(0, 2, 3, 12, 13), (0, 0, 8, 8, 13, 13)])
 def test_packed_sequences_know_nothing_of_each_other(ends: tuple[int, ...], device: torch.device) -> None:
-    assert over(Case(ends=ends), device, TOLERANCE[torch.float32]) == {}
+    assert over(Case(heads=1, ends=ends), device, TOLERANCE[torch.float32]) == {}
 
 
 def test_packed_sequences_without_a_state_before(device: torch.device) -> None:
-    case = Case(ends=(0, 7, 9), tokens=9, initial=False, layout="BNH")
+    case = Case(heads=1, ends=(0, 7, 9), tokens=9, initial=False, layout="BNH")
     assert over(case, device, TOLERANCE[torch.float32]) == {}
 
 
@@ -168,7 +170,7 @@ def test_the_future_changes_no_bit_of_the_past(device: torch.device) -> None:
 
 def test_two_halves_with_the_state_between_are_the_whole(device: torch.device) -> None:
     """Values and gradients: the level between them is a choice, and what is made of it does not depend on it."""
-    x = Case(dtype=torch.float64).operands(device)
+    x = Case(heads=1, dtype=torch.float64).operands(device)
     given = {name: tensor.requires_grad_() for name, tensor in x.items()}
     whole, whole_state = scan(**given, return_state=True)
     fixed = {name: x[name] for name in ("rate", "bonus")}
@@ -210,10 +212,9 @@ def test_steps_are_the_formula(dtype: torch.dtype, device: torch.device) -> None
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("keep_state", [False, True])
+@pytest.mark.parametrize(("keep_state", "packed"), [(False, False), (True, True)])
 def test_opcheck_of_the_scan(keep_state: bool, packed: bool, device: torch.device) -> None:
-    case = Case(tokens=5, channels=3, layout="BNH" if packed else "BHN", initial=keep_state)
+    case = Case(tokens=5, heads=1, channels=3, layout="BNH" if packed else "BHN", initial=keep_state)
     case = dataclasses.replace(case, ends=(0, 2, 5) if packed else ())
     x = {name: tensor.detach().requires_grad_() for name, tensor in case.operands(device).items()}
     operands = [x.get(name) for name in NAMES]

@@ -151,8 +151,8 @@ def backward_kernel(
             key_rows = load_rows(keys, k_n, k_d, numbers, token, end, of_keys, 0.0, TOKENS, ACC)
             query_rows = load_rows(queries, q_n, q_d, numbers, token, end, of_keys, 0.0, TOKENS, ACC)
             grad_rows = load_rows(out_grads, out_grad_n, out_grad_m, channels, token, end, of_values, 0.0, TOKENS, ACC)
-            states = (tl.load(scratch + block * COLUMNS * BLOCK_D),)
-            decays = ()
+            states = (tl.load(scratch + block * COLUMNS * BLOCK_D),)  # type: tuple[tl.tensor, ...]
+            decays = ()  # type: tuple[tl.tensor, ...]
             for ahead in tl.static_range(TOKENS):
                 after, decay = state_after(states[ahead], rates, step_rows[ahead], value_rows[ahead], key_rows[ahead])
                 states += (after,)

@@ -38,9 +38,9 @@ def border_distance(arch: str, key_dim: int) -> int:
 
 @functools.cache
 def config(task: Task) -> Config:
-    """The configuration of a kernel; its ``columns`` are channels, and its ``chunk`` the tokens that are loaded at once.
+    """The configuration of a kernel: ``columns`` are channels, and ``chunk`` the tokens that are loaded at once.
 
-    A thread has 8 or 16 numbers of the state: more of them share what is loaded for a row and a column, and fewer spill.
+    A thread has 8 or 16 numbers of the state: more of them share what is loaded for a row or a column, fewer spill.
     Programs of the forward are one warp, which waits for no other; those of the backward have all channels of a head if
     they can, because the gradients of q and k are sums over them.
     """

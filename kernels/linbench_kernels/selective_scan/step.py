@@ -41,7 +41,7 @@ def step_kernel(
     COLUMNS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """h ← exp(Δ A) ∘ h + (Δ v) kᵀ, o = h q + skip ∘ v. Grid (B·H, blocks of channels).
+    """State h ← exp(Δ A) ∘ h + (Δ v) kᵀ, o = h q + skip ∘ v. Grid (B·H, blocks of channels).
 
     Args:
         out: ``[B, H, M]``, contiguous, as ``rate`` ``[H, M, D]`` and ``skip`` ``[H, M]``, which may be None.

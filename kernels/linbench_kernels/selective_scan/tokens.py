@@ -41,7 +41,7 @@ def load_rows(x, x_n, x_c, channels, token, end, inside, OTHER: tl.constexpr, TO
 
     Together, before anything is made of them, so that they wait for the memory together.
     """
-    rows = ()
+    rows = ()  # type: tuple[tl.tensor, ...]
     for ahead in tl.static_range(TOKENS):
         row = token + ahead
         places = x + row.to(tl.int64) * x_n + channels.to(tl.int64) * x_c

@@ -121,7 +121,8 @@ def backward_kernel(
         grads_next = load_rows(out_grads, out_grad_n, out_grad_m, channels, token_next, end, inside, 0.0, TOKENS, ACC)
         kept = borders + (border + block).to(tl.int64) * 3 * M
         average, weight, level = load_state(kept, M, inside, ACC)
-        outputs, joins = (), ()
+        outputs = ()  # type: tuple[tl.tensor, ...]
+        joins = ()  # type: tuple[tl.tensor, ...]
         for ahead in tl.static_range(TOKENS):
             change, rate_here = value_rows[ahead] - average, tl.where(token + ahead < end, rates, 0.0)
             inverse, past, present = seen(weight, level, key_rows[ahead], bonuses)

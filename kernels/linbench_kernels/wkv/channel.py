@@ -1,8 +1,8 @@
 """One token of a channel: the past as its average, the sum of its weights, and the level that they are relative to.
 
-Weights are divided by e to the level, which is the largest logarithm of one so far, so that nothing overflows. Any other
-level would give the same: no gradient goes through it. Levels and keys are subtracted from each other first, which is
-exact where they are close, so that where they are large their rounding does not become one of the rate and the bonus.
+Weights are divided by e to the level, which is the largest logarithm of one so far, so that nothing overflows. Any
+other level would give the same: no gradient goes through it. Levels and keys are subtracted from each other first,
+which is exact where they are close: where they are large their rounding is none of the rate and the bonus.
 
 With a share s of a token in an average a, the next one is a + s (v − a). Gradients of keys and rates are sums of such
 differences. From a numerator they would be differences of two sums over all later tokens, each as large as v.
@@ -33,7 +33,7 @@ def seen(weight, level, key, bonus):
 
 @triton.jit
 def joined(weight, level, key, rate):
-    """The sum of weights and the level after a token, the factor of what was there, that of the token, and its share."""
+    """The sum of weights and the level after a token, the factors of what was there and of the token, its share."""
     after = tl.maximum(tl.maximum(level - rate, key), LOWEST)
     faded, joining = tl.exp((level - after) - rate), tl.exp(key - after)
     weight = faded * weight + joining
