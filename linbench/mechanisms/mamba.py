@@ -10,10 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from linbench.cell import Cell
+from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.recurrence import Recurrence
 from linbench.mechanisms.cores.selective import Tokens, scanned, selective_scan
+from linbench.mechanisms.fused import unavailable
 
 
 class Mamba(Recurrence):
@@ -83,6 +85,20 @@ class Mamba(Recurrence):
         """Runs of tokens whose states stay in the cache, with a hand-written backward; see ``cores.selective``."""
         self.check(q, k, {"step_size": step_size})
         return selective_scan(q, k, v, step_size, *self._cast_weights(v))
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, step_size: Tensor) -> Tensor:
+        """Fused: one kernel forward and one backward, which starts from a state every so many tokens.
+
+        Raises:
+            UsageError: the kernels cannot run here.
+        """
+        self.check(q, k, {"step_size": step_size})
+        if (reason := unavailable(q.device.type)) is not None:
+            raise UsageError(reason)
+        from linbench_kernels.selective_scan import scan
+
+        rate, skip = (x.to(compute_dtype(v)) for x in self.weights)
+        return scan(q, k, v, step_size, rate, skip=skip)[0]
 
     def _cast_weights(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """A transposed, ``[H, D, M]``, and skip ``[H, M]``, in the dtype of the computation."""

@@ -16,6 +16,7 @@ from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.pooling_scan import pooled, pooling_scan
 from linbench.mechanisms.cores.recurrence import Recurrence
 from linbench.mechanisms.cores.segments import State
+from linbench.mechanisms.fused import unavailable
 
 
 class RWKV4(Recurrence):
@@ -67,6 +68,19 @@ class RWKV4(Recurrence):
         """Runs of tokens that stay in the cache, with a hand-written backward; see ``cores.pooling_scan``."""
         self._check(q, k, v)
         return pooling_scan(q, k, v, *(x.to(compute_dtype(v)) for x in self.weights))
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused: one kernel forward and one backward, which starts from the sums every so many tokens.
+
+        Raises:
+            UsageError: the kernels cannot run here.
+        """
+        self._check(q, k, v)
+        if (reason := unavailable(q.device.type)) is not None:
+            raise UsageError(reason)
+        from linbench_kernels.wkv import scan
+
+        return scan(q, k, v, *(x.to(compute_dtype(v)) for x in self.weights))[0]
 
     @torch.no_grad()
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, State]:
