@@ -78,7 +78,7 @@ class Performer(AdditiveState, KernelEstimator):
         rows = self.projection[: self.projections].to(compute_dtype(q))
         projection = rows.mT.expand(q.shape[1], -1, -1)
         feature = "hyperbolic" if self.hyperbolic else "positive"
-        return self.fused_features(q, k, v, feature, query_map=projection, key_map=projection)
+        return self.fused_features(q, k, v, feature, query_map=projection)
 
     def unsupported(self, cell: Cell) -> str | None:
         """Also more projections than a kernel takes."""

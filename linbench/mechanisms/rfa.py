@@ -110,7 +110,7 @@ class RFA(AdditiveState):
         if log_decay is not None:
             raise UsageError("rfa, gated, has no triton kernels")
         weight = (self.sigma * self.gaussian).mT.to(compute_dtype(q))
-        return self.fused_features(q, k, v, "fourier", query_map=weight, key_map=weight)
+        return self.fused_features(q, k, v, "fourier", query_map=weight)
 
     @torch.no_grad()
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Checkpoint]:

@@ -59,7 +59,7 @@ def recurrence(
     """S_t = S_{t-1} + φ(k_t) [v_t, 1]ᵀ, rows φ(q_t) S_t divided by their last column; S_N / exp(level) and level."""
     settings = {"sharpness": sharpness, "horizon": horizon, "start": start}
     queries, _ = features(q, query_map, feature, **settings)  # type: ignore[arg-type]
-    keys, levels = features(k, key_map, feature, **settings)  # type: ignore[arg-type]
+    keys, levels = features(k, query_map if key_map is None else key_map, feature, **settings)  # type: ignore[arg-type]
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     state = q.new_zeros(*q.shape[:2], keys.shape[-1], values.shape[-1]) if initial_state is None else initial_state
     level = q.new_full(q.shape[:2], -1e30) if initial_level is None else initial_level
@@ -130,7 +130,7 @@ class Case:
             shape = (self.heads, self.key_dim, self.projections)
             x |= {name: (normal(*shape) * width).to(device, precise) for name in ("query_map", "key_map")}
             if self.shared:
-                x["key_map"] = x["query_map"].clone()
+                del x["key_map"]
         if self.initial:
             maps = {name: x[name].cpu().double() for name in ("query_map", "key_map") if name in x}
             settings = self.settings | ({"start": 0} if self.feature == "turned" else {})

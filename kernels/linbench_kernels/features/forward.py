@@ -78,7 +78,7 @@ def forward_kernel(
     """Grid (B·H · blocks of value columns,), the blocks of a head side by side, where they share q and k in the cache.
 
     Args:
-        query_map: W ``[H, D, P]`` or None, as key_map.
+        query_map: W ``[H, D, P]`` or None; ``key_map`` the same, or None where it is that of the queries.
         reciprocals: ``[B, H, N]``, written: one over the sum of the weights of every row, 0 where there is none.
         levels: the same: the largest level of a key up to each token; None for maps without levels.
         before: ``[B, H, F, M + 1]`` or None, relative to ``before_level`` ``[B, H]``; ``after`` the same, contiguous.
@@ -96,10 +96,13 @@ def forward_kernel(
         k = described(k, k_strides, batch, head, length, CHUNK, BLOCK_D, D)
         v = described(v, v_strides, batch, head, length, CHUNK, COLUMNS, M)
         out = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, M)
-    query_weight = load_map(
+    query_weight, query_lost = load_map(
         query_map, (query_map_h, query_map_d, query_map_p), head, D, P, BLOCK_D, BLOCK_P, OPERAND
     )
-    key_weight = load_map(key_map, (key_map_h, key_map_d, key_map_p), head, D, P, BLOCK_D, BLOCK_P, OPERAND)
+    key_weight, key_lost = query_weight, query_lost
+    if key_map is not None:
+        map_strides = (key_map_h, key_map_d, key_map_p)
+        key_weight, key_lost = load_map(key_map, map_strides, head, D, P, BLOCK_D, BLOCK_P, OPERAND)
     state = tl.zeros([BLOCK_P, COLUMNS], dtype=ACC)
     sums = tl.zeros([BLOCK_P], dtype=ACC)
     state_two, sums_two = state, sums
@@ -135,6 +138,7 @@ def forward_kernel(
         queries, queries_two, _ = featured(
             q_tile,
             query_weight,
+            query_lost,
             row,
             start,
             length,
@@ -151,6 +155,7 @@ def forward_kernel(
         keys, keys_two, level = featured(
             k_tile,
             key_weight,
+            key_lost,
             row,
             start,
             length,

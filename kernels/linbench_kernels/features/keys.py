@@ -106,10 +106,13 @@ def keys_kernel(
         out_grad = described(out_grad, out_grad_strides, batch, head, length, CHUNK, COLUMNS, M)
         k_grad = described(k_grad, k_grad_strides, batch, head, length, CHUNK, BLOCK_D, D)
         v_grad = described(v_grad, v_grad_strides, batch, head, length, CHUNK, COLUMNS, M)
-    query_weight = load_map(
+    query_weight, query_lost = load_map(
         query_map, (query_map_h, query_map_d, query_map_p), head, D, P, BLOCK_D, BLOCK_P, OPERAND
     )
-    key_weight = load_map(key_map, (key_map_h, key_map_d, key_map_p), head, D, P, BLOCK_D, BLOCK_P, OPERAND)
+    key_weight, key_lost = query_weight, query_lost
+    if key_map is not None:
+        map_strides = (key_map_h, key_map_d, key_map_p)
+        key_weight, key_lost = load_map(key_map, map_strides, head, D, P, BLOCK_D, BLOCK_P, OPERAND)
     state = tl.zeros([BLOCK_P, COLUMNS], dtype=ACC)
     sums = tl.zeros([BLOCK_P], dtype=ACC)
     state_two, sums_two = state, sums
@@ -155,6 +158,7 @@ def keys_kernel(
         queries, queries_two, _ = featured(
             q_tile,
             query_weight,
+            query_lost,
             row,
             start,
             length,
@@ -171,6 +175,7 @@ def keys_kernel(
         keys, keys_two, level = featured(
             k_tile,
             key_weight,
+            key_lost,
             row,
             start,
             length,
@@ -236,10 +241,8 @@ def keys_kernel(
         )
         store_tile(k_grad, k_grad_strides, batch, head, row, 0, length, result, CHUNK, BLOCK_D, D, TMA)
         if map_grad is not None:
-            x_operand = operand(k_tile, OPERAND)
-            weight_grad = tl.dot(
-                tl.trans(x_operand), y_grad, weight_grad, input_precision=PRECISION, out_dtype=ACC
-            )
+            x_rows = tl.trans(operand(k_tile, OPERAND))
+            weight_grad = tl.dot(x_rows, y_grad, weight_grad, input_precision=PRECISION, out_dtype=ACC)
 
         if LEVELS:
             kept = tl.exp(earlier - end)

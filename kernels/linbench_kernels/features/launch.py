@@ -105,7 +105,7 @@ def backward(
     horizon: int,
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, both maps (empty unless ``learns``) and the initial state (empty for None)."""
+    """Gradients of q, k, v, both maps (empty unless ``learns``) and the initial state; empty for None."""
     batch, heads, length, key_dim = q.shape
     value_dim = v.shape[-1]
     numbers = arithmetic(q.dtype, arch_of(q))
@@ -118,7 +118,7 @@ def backward(
         initial_level = initial_level.contiguous()
 
     queries = Parts("queries", numbers, feature, query_map, learns, q, v, (q, k, v, out_grad))
-    keys = Parts("keys", numbers, feature, key_map, learns, k, v, (q, k, v, out_grad, v_grad))
+    keys = Parts("keys", numbers, feature, query_map, learns, k, v, (q, k, v, out_grad, v_grad))
     if batch * heads > 0:
         queries_kernel[(batch * heads * queries.count,)](
             q,
@@ -177,8 +177,10 @@ def backward(
     state_result = q.new_empty(0)
     if before_grad is not None and initial_state is not None:
         state_result = before_grad.to(initial_state.dtype)
-    maps = queries.of_map(query_map), keys.of_map(key_map)
-    return queries.summed(), keys.summed(), v_grad, *maps, state_result
+    query_map_grad, key_map_grad = queries.of_map(query_map), keys.of_map(query_map)
+    if query_map is not None and key_map is None and learns:
+        query_map_grad, key_map_grad = query_map_grad + key_map_grad, q.new_empty(0)
+    return queries.summed(), keys.summed(), v_grad, query_map_grad, key_map_grad, state_result
 
 
 class Parts:
@@ -254,7 +256,7 @@ def step(
             key_map,
             *(number for x in (q, k, v, state) for number in x.stride()),
             *map_strides(query_map),
-            *map_strides(key_map),
+            *map_strides(query_map if key_map is None else key_map),
             heads,
             position,
             horizon,

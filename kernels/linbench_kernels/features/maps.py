@@ -16,7 +16,7 @@ largest exponent − ‖x̅‖²/2. That of a query cancels where rows are divid
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import operand
+from linbench_kernels.additive.tiles import operand, rest
 from linbench_kernels.features.circle import sines
 
 LOWEST = tl.constexpr(-1e30)
@@ -34,14 +34,18 @@ def load_map(
     BLOCK_P: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """W of a head, ``[BLOCK_D, BLOCK_P]`` of a ``[H, D, P]``, as an operand; some zeros where there is none."""
+    """W of a head, ``[BLOCK_D, BLOCK_P]`` of a ``[H, D, P]``, as an operand, and what that took from it as another.
+
+    Some zeros where there is no W.
+    """
     if weight is None:
         tile = tl.zeros([16, 16], dtype=tl.float32)
     else:
         ds, ps = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
         places = weight + head.to(tl.int64) * strides[0] + ds[:, None] * strides[1] + ps[None, :] * strides[2]
         tile = tl.load(places, mask=(ds < D)[:, None] & (ps < P)[None, :], other=0.0)
-    return operand(tile, OPERAND)
+    high = operand(tile, OPERAND)
+    return high, rest(tile, high, OPERAND)
 
 
 @triton.jit
@@ -127,6 +131,7 @@ def mapped(
 def featured(
     x,
     weight,
+    lost,
     row,
     start,
     length,
@@ -140,10 +145,18 @@ def featured(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """:func:`mapped` of a tile as it was loaded, first and second as operands of products."""
+    """:func:`mapped` of a tile as it was loaded, first and second as operands of products.
+
+    An exponent without a bound needs the bits of W that bf16 or tf32 lose: its error is a factor of the feature.
+    """
     wide = x.to(ACC)
     if FEATURE == "turned" or FEATURE == "unit":
         y = wide
+    elif FEATURE == "positive" or FEATURE == "hyperbolic":
+        PRECISE: tl.constexpr = "tf32x3" if PRECISION == "tf32" else PRECISION
+        y = tl.dot(operand(x, OPERAND), weight, input_precision=PRECISE, out_dtype=ACC)
+        if OPERAND == "bf16":
+            y = tl.dot(operand(x, OPERAND), lost, y, input_precision=PRECISE, out_dtype=ACC)
     else:
         y = tl.dot(operand(x, OPERAND), weight, input_precision=PRECISION, out_dtype=ACC)
     first, second, level = mapped(wide, y, row, start, length, horizon, scale, ROWS, P, BLOCK_P, FEATURE, ACC)

@@ -51,7 +51,7 @@ def attention(
             ``softmaxes``: [softmax(xW), softmax(−xW)] (Hedgehog, 2402.04347);
             ``fourier``: [sin(x̂W), cos(x̂W)] (RFA, 2103.02143).
         query_map: W of the queries, ``[H, D, P]``, for all but the first two; P up to 256.
-        key_map: W of the keys; often the same tensor.
+        key_map: W of the keys; that of the queries when None.
         horizon: of ``turned``: the most tokens that there can be.
         start: of ``turned``: the position t of the first token.
         initial_state: before the first token; zeros when None. F is 2 P, P + 1 for ``unit``, P for ``positive``, with P
@@ -134,8 +134,8 @@ def options(
     if feature in ELEMENTWISE:
         if query_map is not None or key_map is not None:
             raise ValueError(f"feature '{feature}' has no map")
-    elif query_map is None or key_map is None:
-        raise ValueError(f"feature '{feature}' needs query_map and key_map")
+    elif query_map is None:
+        raise ValueError(f"feature '{feature}' needs query_map")
     else:
         shape = (heads, key_dim, query_map.shape[-1])
         expect("query_map", query_map, shape)
@@ -269,8 +269,9 @@ def _backward(ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, *_: 
     *grads, query_map_grad, key_map_grad, before_grad = backward_op(
         out_grad, state_grad, *saved, *ctx.options, ctx.learns
     )
-    maps = (query_map_grad, key_map_grad) if ctx.learns else (None, None)
-    return *grads, *maps, before_grad if saved[6] is not None else None, None, *(None,) * 5
+    there = (ctx.learns and saved[4] is not None, ctx.learns and saved[5] is not None, saved[6] is not None)
+    optional = zip((query_map_grad, key_map_grad, before_grad), there, strict=True)
+    return *grads, *(grad if given else None for grad, given in optional), None, *(None,) * 5
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)

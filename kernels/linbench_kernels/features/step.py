@@ -136,7 +136,7 @@ def step_kernel(
     key, key_two, entering = features_of(
         k,
         (k_b, k_h, k_d),
-        key_map,
+        query_map if key_map is None else key_map,
         (key_map_h, key_map_d, key_map_p),
         batch,
         head,
