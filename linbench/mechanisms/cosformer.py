@@ -87,6 +87,10 @@ class CosFormer(AdditiveState):
         positions = torch.arange(max(queries, keys), device=q.device, dtype=torch.float64)
         return self.turned(positions, self.horizon(queries, keys), q.new_empty(0, dtype=compute_dtype(q)))
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused, the causal form: one kernel forward, two backward; features are never written."""
+        return self.fused_features(q, k, v, "turned", horizon=self.horizon(q.shape[-2], k.shape[-2]))
+
     @staticmethod
     def turned(positions: Tensor, horizon: int, like: Tensor) -> Turned:
         """The map of some positions, fp64 ``[L]``."""

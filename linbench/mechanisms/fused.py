@@ -71,6 +71,17 @@ def configurations(implementation: str) -> Iterator[dict[str, dict[str, Scalar]]
         found[f"{name} ({again + 1})" if again else name] = choice.settings
 
 
+def too_wide(cell: Cell, projections: int) -> str | None:
+    """Why the kernels have no features of that many projections, where they could run else; None when they have."""
+    if cell.implementation != NAME:
+        return None
+    from linbench_kernels.device import architecture
+    from linbench_kernels.features.configs import widest_map
+
+    widest = widest_map(architecture(0))
+    return f"the triton kernels take up to {widest} projections" if projections > widest else None
+
+
 def untimed(cell: Cell) -> str | None:
     """Why a cell that could run is not to be measured: the interpreter is there to check kernels."""
     if cell.implementation == NAME and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):

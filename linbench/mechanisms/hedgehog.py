@@ -52,6 +52,12 @@ class Hedgehog(AdditiveState):
         """The two softmaxes."""
         return SplitSoftmax(together=not self.causal)
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused, the causal form: one kernel forward, two backward; neither W q nor features are ever written."""
+        maps = {"query_map": self.query_map, "key_map": self.key_map}
+        maps = {name: weight.to(compute_dtype(q)) for name, weight in maps.items()}
+        return self.fused_features(q, k, v, "softmaxes", **maps)
+
     def weights(self, q: Tensor, k: Tensor, rows: Tensor | None = None) -> Tensor:
         """The attention weights of the given rows, ``[B, H, R, N_k]``; what distillation fits to those of softmax."""
         self.check(q, k)

@@ -9,11 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from linbench.cell import Cell
 from linbench.mechanisms.base import Description, Geometry, KernelEstimator
 from linbench.mechanisms.claims import Claims, Convergence
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
-from linbench.mechanisms.cores.chunked import guarded
+from linbench.mechanisms.cores.chunked import compute_dtype, guarded
 from linbench.mechanisms.cores.features import FeatureMap, PositiveRandomFeatures
+from linbench.mechanisms.fused import too_wide
 
 
 class Performer(AdditiveState, KernelEstimator):
@@ -70,6 +72,17 @@ class Performer(AdditiveState, KernelEstimator):
     def feature_map(self, like: Tensor) -> FeatureMap:
         """Positive random features."""
         return PositiveRandomFeatures(self.projection.to(like))
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused, the causal form: one kernel forward, two backward; features are never written."""
+        rows = self.projection[: self.projections].to(compute_dtype(q))
+        projection = rows.mT.expand(q.shape[1], -1, -1)
+        feature = "hyperbolic" if self.hyperbolic else "positive"
+        return self.fused_features(q, k, v, feature, query_map=projection)
+
+    def unsupported(self, cell: Cell) -> str | None:
+        """Also more projections than a kernel takes."""
+        return super().unsupported(cell) or too_wide(cell, self.projections)
 
     def log_features(self, x: Tensor) -> Tensor:
         """Log φ(x), ``[..., N, F]``."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linbench.cell import Cell
 from linbench.errors import UsageError
+from linbench.mechanisms import fused
 from linbench.mechanisms.base import Description, Gate, Geometry, streaming_bytes
 from linbench.mechanisms.claims import Claims, Convergence
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
@@ -91,16 +92,25 @@ class RFA(AdditiveState):
         super().check(q, k)
 
     def unsupported(self, cell: Cell) -> str | None:
-        """Also the gated form without a mask."""
+        """Also the gated form without a mask, or in kernels, and wider maps than they take."""
         if self.gated and not cell.causal:
             return "rfa, gated, has no non-causal form"
-        return super().unsupported(cell)
+        if self.gated and cell.implementation == fused.NAME:
+            return "rfa, gated, has no triton kernels"
+        return super().unsupported(cell) or fused.too_wide(cell, self.features // 2)
 
     def forward_torch(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
         """Chunks, or a pool; see :class:`AdditiveState`."""
         if log_decay is None:
             return super().forward_torch(q, k, v)
         return self._gated(q, k, v, log_decay)[0]
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
+        """Fused, the causal form without a gate: one kernel forward, two backward; features are never written."""
+        if log_decay is not None:
+            raise UsageError("rfa, gated, has no triton kernels")
+        weight = (self.sigma * self.gaussian).mT.to(compute_dtype(q))
+        return self.fused_features(q, k, v, "fourier", query_map=weight)
 
     @torch.no_grad()
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Checkpoint]:

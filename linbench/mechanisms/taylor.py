@@ -53,6 +53,10 @@ class Taylor(AdditiveState):
         """The unit vector and a one."""
         return UnitAndOne(self.sharpness)
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused, the causal form: one kernel forward, two backward; unit vectors are never written."""
+        return self.fused_features(q, k, v, "unit", sharpness=self.sharpness)
+
     def logits(self, q: Tensor, k: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The t cos(q_i, k_j) of the given rows, and which of them count; all when None."""
         self.check(q, k)

@@ -147,6 +147,19 @@ class AdditiveState(Mechanism):
         decay = self._kernel_decays[numbers]
         return {"log_decay": decay, "scale": self.scale, "feature": feature, "normalised": self.normalised}
 
+    def fused_features(self, q: Tensor, k: Tensor, v: Tensor, feature: str, **options: Any) -> Tensor:
+        """The same for a φ of a map of its own, which the kernels make where they use it; ``options`` are theirs.
+
+        Raises:
+            UsageError: they cannot run here.
+        """
+        self.check(q, k)
+        if (reason := unavailable(q.device.type, self.causal)) is not None:
+            raise UsageError(reason)
+        from linbench_kernels.features import attention
+
+        return attention(q, k, v, feature=feature, **options)[0]
+
     def check(self, q: Tensor, k: Tensor) -> None:
         """Refuse what has no operator (for a cell, ``unsupported`` says so before)."""
         if self.causal not in self.description.causal_forms:
