@@ -8,7 +8,7 @@ from oracle import relative
 
 from linbench import registry
 
-NAMES = ("lightning", "linear", "mamba2", "retnet")
+NAMES = ("based", "lightning", "linear", "mamba2", "retnet")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,93 @@
+"""The forward pass: one launch that reads q, k, v once for every block of value columns."""
+
+import triton
+import triton.language as tl
+
+from linbench_kernels.second_order.sums import sums
+
+
+@triton.jit(do_not_specialize=["length"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    logs,
+    before,
+    after,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    out_b,
+    out_h,
+    out_n,
+    out_d,
+    before_b,
+    before_h,
+    before_d,
+    before_m,
+    after_b,
+    after_h,
+    after_d,
+    after_m,
+    heads,
+    length,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Grid (B·H · blocks of value columns,). Tensors are those of :func:`linbench_kernels.second_order.attention`."""
+    BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
+    part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    batch, head = index // heads, index % heads
+    sums(
+        q,
+        (q_b, q_h, q_n, q_d),
+        k,
+        (k_b, k_h, k_n, k_d),
+        v,
+        (v_b, v_h, v_n, v_d),
+        out,
+        (out_b, out_h, out_n, out_d),
+        None,
+        logs,
+        before,
+        (before_b, before_h, before_d, before_m),
+        after,
+        (after_b, after_h, after_d, after_m),
+        batch,
+        head,
+        heads,
+        part * COLUMNS,
+        length,
+        scale,
+        D,
+        M,
+        BLOCK_D,
+        COLUMNS,
+        CHUNK,
+        STAGES,
+        False,
+        True,
+        OPERAND,
+        ACC,
+        PRECISION,
+        TMA,
+    )
