@@ -19,6 +19,8 @@ class Config:
     """C, tokens of a chunk."""
     columns: int
     """Of the values in one program that makes o or dv, at most."""
+    left: int
+    """Entries of k whose products with all of k are a slice of the state, at most."""
     part: int
     """Entries of dq or dk in one program, at most."""
     warps: int
@@ -47,9 +49,9 @@ def config(task: Task) -> Config:
     """The configuration of a task; none has been timed."""
     wide_keys = task.key_dim > 16
     if task.arch == "interpreter":
-        return Config(chunk=32, columns=64, part=16, warps=4, stages=1)
+        return Config(chunk=32, columns=64, left=16, part=16, warps=4, stages=1)
     if task.operand_bytes > 2 or wide_keys:
-        return Config(chunk=16, columns=16, part=2 if block(task.value_dim) > 64 else 4, warps=8, stages=1)
+        return Config(chunk=16, columns=16, left=2, part=2 if block(task.value_dim) > 64 else 4, warps=8, stages=1)
     hopper = task.arch == "sm_90" or task.arch.startswith("sm_10")
     part = 4 if block(task.value_dim) <= 128 else 2
-    return Config(chunk=64, columns=32, part=part, warps=4, stages=2, tma=hopper and task.aligned)
+    return Config(chunk=64, columns=32, left=4, part=part, warps=4, stages=2, tma=hopper and task.aligned)

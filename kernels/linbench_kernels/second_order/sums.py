@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import described, load_row, load_tile, operand, store_row, store_tile
-from linbench_kernels.second_order.features import of_head, pairs, product_rows
+from linbench_kernels.second_order.features import (
+    load_squares,
+    of_head,
+    read_squares,
+    store_squares,
+    written_squares,
+)
 
 
 @triton.jit
@@ -40,6 +46,7 @@ def sums(
     M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LEFT: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -60,10 +67,9 @@ def sums(
         c = described(c, c_strides, batch, head, length, CHUNK, COLUMNS, M)
         out = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, M)
     columns, dims = column + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
-    rows, _, there = product_rows(0, D, BLOCK_D, BLOCK_D)
     constant = tl.zeros([COLUMNS], dtype=ACC)
     linear = tl.zeros([BLOCK_D, COLUMNS], dtype=ACC)
-    square = tl.zeros([BLOCK_D * BLOCK_D, COLUMNS], dtype=ACC)
+    squares = load_squares(None, before_strides, column, 1.0, D, M, LEFT, BLOCK_D, COLUMNS, ACC)
     if NORMALISED:
         count = tl.zeros([1], dtype=ACC)
         linear_sums = tl.zeros([BLOCK_D], dtype=ACC)
@@ -74,8 +80,8 @@ def sums(
         constant = tl.load(start + across, mask=columns < M, other=0.0).to(ACC)
         places = start + (1 + dims)[:, None] * before_strides[2] + across[None, :]
         linear = tl.load(places, mask=(dims < D)[:, None] & (columns < M)[None, :], other=0.0).to(ACC)
-        places = start + rows[:, None] * before_strides[2] + across[None, :]
-        square = tl.load(places, mask=there[:, None] & (columns < M)[None, :], other=0.0).to(ACC)
+        FACTOR: tl.constexpr = 2.0 / (scale * scale) if REVERSE else 1.0
+        squares = load_squares(start, before_strides, column, FACTOR, D, M, LEFT, BLOCK_D, COLUMNS, ACC)
         if NORMALISED:
             start += M * before_strides[3]
             count += tl.load(start).to(ACC)
@@ -84,7 +90,6 @@ def sums(
             square_sums = tl.load(places, mask=(dims < D)[:, None] & (dims < D)[None, :], other=0.0).to(ACC)
         if REVERSE:
             linear /= scale
-            square /= scale * scale * 0.5
     tokens = tl.arange(0, CHUNK)
     if REVERSE:
         visible = tokens[:, None] <= tokens[None, :]
@@ -99,8 +104,25 @@ def sums(
         b_tile = operand(load_tile(b, b_strides, batch, head, row, 0, length, CHUNK, BLOCK_D, D, False), OPERAND)
         c_tile = operand(load_tile(c, c_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, TMA), OPERAND)
 
-        products = operand(pairs(a_tile, a_tile, CHUNK, BLOCK_D, BLOCK_D), OPERAND)
-        acc = tl.dot(products, operand(square, OPERAND), input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.zeros([CHUNK, COLUMNS], dtype=ACC)
+        acc = read_squares(
+            squares,
+            a,
+            a_strides,
+            a_tile,
+            batch,
+            head,
+            row,
+            length,
+            acc,
+            CHUNK,
+            D,
+            LEFT,
+            BLOCK_D,
+            OPERAND,
+            PRECISION,
+            ACC,
+        )
         acc *= scale * 0.5
         acc = tl.dot(a_tile, operand(linear, OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
         acc = acc * scale + constant[None, :]
@@ -125,8 +147,24 @@ def sums(
             written = operand(c_tile.to(ACC) * weight[:, None], OPERAND)
         constant += tl.sum(written.to(ACC), 0)
         linear = tl.dot(tl.trans(b_tile), written, linear, input_precision=PRECISION, out_dtype=ACC)
-        products = operand(pairs(b_tile, b_tile, CHUNK, BLOCK_D, BLOCK_D), OPERAND)
-        square = tl.dot(tl.trans(products), written, square, input_precision=PRECISION, out_dtype=ACC)
+        squares = written_squares(
+            squares,
+            b,
+            b_strides,
+            b_tile,
+            batch,
+            head,
+            row,
+            length,
+            written,
+            CHUNK,
+            D,
+            LEFT,
+            BLOCK_D,
+            OPERAND,
+            PRECISION,
+            ACC,
+        )
         if NORMALISED:
             count += tl.minimum(length - row, CHUNK)
             linear_sums += tl.sum(b_tile.to(ACC), 0)
@@ -135,14 +173,13 @@ def sums(
     if after is not None:
         if REVERSE:
             linear *= scale
-            square *= scale * scale * 0.5
         start = of_head(after, after_strides, batch, head)
         across = columns * after_strides[3]
         tl.store(start + across, constant, mask=columns < M)
         places = start + (1 + dims)[:, None] * after_strides[2] + across[None, :]
         tl.store(places, linear, mask=(dims < D)[:, None] & (columns < M)[None, :])
-        places = start + rows[:, None] * after_strides[2] + across[None, :]
-        tl.store(places, square, mask=there[:, None] & (columns < M)[None, :])
+        FACTOR: tl.constexpr = scale * scale * 0.5 if REVERSE else 1.0
+        store_squares(start, after_strides, column, FACTOR, squares, D, M, LEFT, BLOCK_D, COLUMNS)
         if NORMALISED:
             if column == 0:
                 start += M * after_strides[3]
