@@ -21,6 +21,7 @@ from linbench.mechanisms.cores.chunked import ChunkedAttention, Operator, comput
 from linbench.mechanisms.cores.features import FeatureMap
 from linbench.mechanisms.cores.monomials import Monomials, TaylorFeatures, taylor_chunk
 from linbench.mechanisms.cores.window import window_sums
+from linbench.mechanisms.fused import NAME, unavailable
 from linbench.mechanisms.softmax import attention_flops
 
 LARGEST = 1 << 16
@@ -128,6 +129,42 @@ class Based(AdditiveState):
         values = with_ones(v.to(compute_dtype(q)))
         near, reference = self._near_sums(q, k, values)
         return self._divided(near, reference, self._far_sums(*self.prepared(q, k), values), v.dtype)
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused, the causal form of order 2: far keys as a state in registers, whose rows join those of the window.
+
+        Raises:
+            UsageError: the kernels cannot run here, or have no such form.
+        """
+        self.check(q, k)
+        reason = unavailable(q.device.type, self.causal) or self._without_kernels()
+        if reason is not None:
+            raise UsageError(reason)
+        from linbench_kernels import second_order, window
+
+        beside = logs = None
+        if q.shape[2] > self.window:
+            queries, keys = (x.to(v.dtype) for x in self.prepared(q, k))
+            scale = self.monomials.variables**-0.5
+            beside, logs, _ = second_order.attention(queries, keys, v, scale=scale, delay=self.window)
+            if self.window == 0:
+                return beside
+        return window.attention(q, k, v, window=self.window, beside=beside, beside_logs=logs)
+
+    def unsupported(self, cell: Cell) -> str | None:
+        """Besides what nobody can run: polynomials that no kernel has."""
+        reason = super().unsupported(cell)
+        return self._without_kernels() if reason is None and cell.implementation == NAME else reason
+
+    def _without_kernels(self) -> str | None:
+        """Why no kernel has this polynomial, in one clause, or None."""
+        from linbench_kernels.second_order.configs import WIDEST_KEY
+
+        if self.order != 2:
+            return f"the triton kernels have the polynomial of order 2, not {self.order}"
+        if self.monomials.variables > WIDEST_KEY:
+            return f"the triton kernels have a polynomial of at most {WIDEST_KEY} numbers"
+        return None
 
     def _near_sums(self, q: Tensor, k: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_j w_ij v_j over the keys in the window, ``[B, H, N, E]``, relative to e^reference ``[B, H, N, 1]``."""

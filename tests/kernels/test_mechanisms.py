@@ -8,7 +8,7 @@ from oracle import relative
 
 from linbench import registry
 
-NAMES = ("kda", "lightning", "linear", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7")
+NAMES = ("based", "kda", "lightning", "linear", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7")
 SHORT = {"kda": 20, "mamba": 18, "rwkv4": 18, "rwkv7": 20}
 """Tokens where the interpreter is slow: it walks elementwise scans one by one, and chunks of 16 tokens."""
 

@@ -1,0 +1,98 @@
+"""The forward pass: one launch that reads q, k, v once for every block of value columns and writes o."""
+
+import triton
+import triton.language as tl
+
+from linbench_kernels.log_linear.past import past
+
+
+@triton.jit(do_not_specialize=["length", "bits"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    log_decay,
+    weights,
+    clock,
+    slots,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    out_b,
+    out_h,
+    out_n,
+    out_d,
+    weights_b,
+    weights_h,
+    weights_n,
+    weights_l,
+    heads,
+    length,
+    bits,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (B·H · blocks of value columns,). Tensors are those of :func:`linbench_kernels.log_linear.attention`.
+
+    Args:
+        clock: of ``clock_kernel``; ``bits`` in the number of the last chunk.
+        slots: ``[programs, bits, BLOCK_D, COLUMNS]``.
+    """
+    BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
+    part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    batch, head = index // heads, index % heads
+    past(
+        q,
+        (q_b, q_h, q_n, q_d),
+        k,
+        (k_b, k_h, k_n, k_d),
+        v,
+        (v_b, v_h, v_n, v_d),
+        out,
+        (out_b, out_h, out_n, out_d),
+        None,
+        (0, 0, 0, 0),
+        log_decay,
+        weights,
+        (weights_b, weights_h, weights_n, weights_l),
+        clock,
+        slots + tl.program_id(0).to(tl.int64) * bits * BLOCK_D * COLUMNS,
+        None,
+        None,
+        (0, 0, 0, 0),
+        batch,
+        head,
+        heads,
+        part * COLUMNS,
+        bits,
+        length,
+        D,
+        M,
+        BLOCK_D,
+        COLUMNS,
+        CHUNK,
+        RANK,
+        LEVELS,
+        OPERAND,
+        ACC,
+        PRECISION,
+        False,
+    )

@@ -1,0 +1,171 @@
+"""The operators of the family for torch: custom operators with shapes for tracing, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linbench_kernels.additive.operator import check, expect
+from linbench_kernels.second_order import launch
+from linbench_kernels.second_order.configs import WIDEST_KEY
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float = 1.0,
+    delay: int = 0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """o_i = Σ_{j ≤ i − delay} w_ij v_j / Σ_{j ≤ i − delay} w_ij with w_ij = 1 + u + u²/2, u = scale · q_i·k_j.
+
+    Sums are kept in fp32 (fp64 for fp64). Differentiable in every tensor, once. Tensors are taken in the strides that
+    they have, and results come in those of what they belong to. Source: 2402.18668, section 4.1.
+
+    Args:
+        q: ``[B, H, N, D]``; bf16, fp16, fp32 or fp64, as k ``[B, H, N, D]`` and v ``[B, H, N, M]``; D up to 32, M up
+            to 256.
+        delay: tokens by which queries are behind keys, less than N: the first ones, which see no key, have no row.
+        initial_state: sums over earlier keys of [1, k, k ⊗ k]ᵀ [v, 1], ``[B, H, 1 + D + D², M + 1]``.
+        return_state: whether the sums over the first N − delay keys are wanted.
+
+    Returns:
+        o ``[B, H, N − delay, M]`` in the dtype of v; the logarithms of the sums by which it is divided
+        ``[B, H, N − delay]``, and the state, or None, both in fp32 (fp64).
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not go together, or no device for kernels.
+    """
+    checked(q, k, v, scale)
+    batch, heads, length, key_dim = q.shape
+    expect("initial_state", initial_state, (batch, heads, launch.state_rows(key_dim), v.shape[-1] + 1))
+    if not 0 <= delay < length:
+        raise ValueError(f"delay = {delay} and N = {length}: at least 0 and less than N is needed")
+    out, logs, state = attention_op(q, k, v, initial_state, float(scale), delay, return_state)
+    return out, logs, state if return_state else None
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One token of :func:`attention`; ``state`` is changed in place, and read and written once.
+
+    With a delay k and v are those of the token that many before the query.
+
+    Args:
+        q: ``[B, H, D]``, as k; v ``[B, H, M]``.
+        state: ``[B, H, 1 + D + D², M + 1]``; fp32 (fp64 for fp64).
+
+    Returns:
+        o ``[B, H, M]`` and the logarithm of its divisor ``[B, H]``.
+
+    Raises:
+        ValueError: as in :func:`attention`.
+    """
+    checked(q[:, :, None], k[:, :, None], v[:, :, None], scale)
+    batch, heads, key_dim = q.shape
+    expect("state", state, (batch, heads, launch.state_rows(key_dim), v.shape[-1] + 1))
+    out, logs = step_op(q, k, v, state, float(scale))
+    return out, logs
+
+
+def checked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Refuse what no kernel takes, in a sentence."""
+    check(q, k, v, "identity")
+    if q.shape[-1] > WIDEST_KEY:
+        raise ValueError(f"D = {q.shape[-1]}: at most {WIDEST_KEY} is supported, as the state has D² rows")
+    if scale == 0:
+        raise ValueError("scale = 0: gradients are divided by it")
+
+
+@torch.library.custom_op("linbench::second_order_attention", mutates_args=())
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, scale: float, delay: int, keep_state: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`~linbench_kernels.second_order.launch.forward` as an operator of torch."""
+    return launch.forward(q, k, v, initial_state, scale, delay, keep_state)
+
+
+@attention_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, scale: float, delay: int, keep_state: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, length, key_dim = q.shape
+    precise = torch.promote_types(q.dtype, torch.float32)
+    shape = (batch, heads, launch.state_rows(key_dim), v.shape[-1] + 1)
+    state = q.new_empty(shape, dtype=precise) if keep_state else q.new_empty(0)
+    logs = q.new_empty((batch, heads, length - delay), dtype=precise)
+    return torch.empty_like(v[:, :, : length - delay]), logs, state
+
+
+@torch.library.custom_op("linbench::second_order_attention_backward", mutates_args=())
+def backward_op(
+    out_grad: Tensor,
+    logs_grad: Tensor | None,
+    state_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    delay: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`~linbench_kernels.second_order.launch.backward` as an operator of torch."""
+    return launch.backward(out_grad, logs_grad, state_grad, q, k, v, out, logs, initial_state, scale, delay)
+
+
+@backward_op.register_fake
+def _(
+    out_grad: Tensor,
+    logs_grad: Tensor | None,
+    state_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    delay: int,
+) -> tuple[Tensor, ...]:
+    state = q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return *(torch.empty_like(x) for x in (q, k, v)), state
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, initial_state, ctx.scale, ctx.delay, keep_state = inputs
+    out, logs, state = output
+    ctx.set_materialize_grads(False)
+    if not keep_state:
+        ctx.mark_non_differentiable(state)
+    ctx.save_for_backward(q, k, v, out, logs, initial_state)
+
+
+def _backward(
+    ctx: Any, out_grad: Tensor | None, logs_grad: Tensor | None, state_grad: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, out, logs, initial_state = ctx.saved_tensors
+    if out_grad is None:
+        out_grad = torch.zeros_like(out)
+    grads = backward_op(out_grad, logs_grad, state_grad, q, k, v, out, logs, initial_state, ctx.scale, ctx.delay)
+    return *grads[:3], None if initial_state is None else grads[3], None, None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("linbench::second_order_step", mutates_args=("state",))
+def step_op(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """:func:`~linbench_kernels.second_order.launch.step` as an operator of torch."""
+    return launch.step(q, k, v, state, scale)
+
+
+@step_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    precise = torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(v.shape), q.new_empty(q.shape[:2], dtype=precise)
