@@ -154,8 +154,7 @@ class AdditiveState(Mechanism):
             UsageError: they cannot run here.
         """
         self.check(q, k)
-        if (reason := unavailable(q.device.type, self.causal)) is not None:
-            raise UsageError(reason)
+        require(q.device.type, self.causal)
         from linbench_kernels.features import attention
 
         return attention(q, k, v, feature=feature, **options)[0]
