@@ -37,7 +37,8 @@ def test_the_wheel_holds_the_package_its_configs_and_its_data(wheels: dict[str, 
     configs = {f"linbench/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert configs <= inside
     assert {"linbench/inputs/data/minilm.safetensors", "linbench/cli.py"} <= inside
-    assert any(name.endswith(".j2") for name in inside)
+    templates = ROOT / "linbench" / "report" / "templates"
+    assert {f"linbench/report/templates/{path.name}" for path in templates.iterdir()} <= inside
     kernels = {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
     assert kernels <= inside
     assert {name.partition("/")[0] for name in inside} == {"linbench", "linbench_kernels"}

@@ -15,7 +15,8 @@ from linbench.report.units import error, skill, tokens
 from linbench.stats import ratio_of_medians
 
 _MOST_NAMED = 8
-_MOST_LEADING = 3
+_MOST_LEADING, _MOST_FINDINGS = 3, 4
+"""Names in a finding of the leading sentence, and findings in it."""
 _TIE = 1.25
 """Medians further apart than this factor are not examined for a tie: few intervals are that wide."""
 
@@ -82,6 +83,8 @@ def _lead(points: Points, setting: Setting, found: list[Crossover], names: dict[
         at = exact[one.high or one.longest].series.implementation
         findings.setdefault(_passes(one, at), []).append(names[one.series])
     told = [f"{_cut(who, most=_MOST_LEADING)} {what[len(who) > 1]}" for what, who in findings.items()]
+    hidden = len(told) - _MOST_FINDINGS
+    told = [*told[:_MOST_FINDINGS], f"{hidden} more findings are in the chart"] if hidden > 1 else told
     return f"{where}: {'; '.join(told) or 'nothing to compare with exact softmax'}."
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ MOST_LINES = 120
 """Series of all panels of a file together: a figure of thousands is none. The page and the CSV have all of them."""
 _TOP, _BOTTOM = 8.0, 24.0
 _TITLE_POINTS = 22.0
+"""Of a title of one line; each line more takes ``_LINE_POINTS``."""
+_LINE_POINTS = 12.0
+_TITLE_LETTERS = 60
 _LEGEND_POINTS = 15.0
 _DPI = 110
 _SETTINGS: dict[Any, Any] = {
@@ -58,7 +62,9 @@ def save_files(chart: Chart, look: Look, folder: Path) -> None:
     panels, legend = drawn(chart), _legend(chart)
     columns = min(2, len(panels))
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    heights = [max(panel.height for panel in row) + _TITLE_POINTS for row in rows]
+    titles = {id(panel): wrap(panel.title, _TITLE_LETTERS) for panel in panels}
+    heads = [_TITLE_POINTS + _LINE_POINTS * (max(len(titles[id(panel)]) for panel in row) - 1) for row in rows]
+    heights = [max(panel.height for panel in row) + head for row, head in zip(rows, heads, strict=True)]
     width = WIDTH_POINTS * columns
     entries = max(1, int(width / (28 + 5.6 * max((len(look.names[one]) for one in legend), default=1) + 30)))
     footer = _LEGEND_POINTS * math.ceil(len(legend) / entries) + 12
@@ -67,10 +73,10 @@ def save_files(chart: Chart, look: Look, folder: Path) -> None:
         figure = Figure(figsize=(width / 72, total / 72), dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
         top = total
-        for row, height in zip(rows, heights, strict=True):
+        for row, head, height in zip(rows, heads, heights, strict=True):
             for column, panel in enumerate(row):
-                axes = _axes(figure, panel, column * WIDTH_POINTS, top - _TITLE_POINTS - panel.height)
-                axes.set_title(panel.title, fontsize=9.5, color=INK, loc="left", pad=8)
+                axes = _axes(figure, panel, column * WIDTH_POINTS, top - head - panel.height)
+                axes.set_title("\n".join(titles[id(panel)]), fontsize=9.5, color=INK, loc="left", pad=8)
                 panel.content.draw(axes)
             top -= height
         if legend:

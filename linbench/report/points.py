@@ -257,6 +257,15 @@ class Points:
             grouped[point.setting].append(point)
         return grouped
 
+    @cached_property
+    def by_table(self) -> dict[tuple[Setting, str, int], list[Point]]:
+        """Setting, family of inputs and length, in order -> the points there, by series."""
+        rank = {setting: index for index, setting in enumerate(self.settings)}
+        grouped: dict[tuple[Setting, str, int], list[Point]] = defaultdict(list)
+        for point in sorted(self.by_inputs, key=lambda point: point.series.order):
+            grouped[point.setting, point.inputs or "", point.length].append(point)
+        return dict(sorted(grouped.items(), key=lambda item: (rank[item[0][0]], *item[0][1:])))
+
 
 def make_points(records: Sequence[Record], runs: Sequence[Run]) -> Points:
     """Group records into points. A cell that was measured again by other code keeps only the newest code's records."""

@@ -189,17 +189,12 @@ def _grids(
     ``naming`` is :func:`series_names` for numbers that depend on the implementation.
     """
     names, settings = naming(points.series), setting_names(points.settings)
-    grouped: dict[tuple[int, str, int], list[Point]] = {}
-    for point in points.by_inputs:
-        key = (points.settings.index(point.setting), point.inputs or "", point.length)
-        grouped.setdefault(key, []).append(point)
     grids = []
-    for (setting, inputs, length), group in sorted(grouped.items()):
-        ordered = sorted(group, key=lambda point: point.series.order)
+    for (setting, inputs, length), ordered in points.by_table.items():
         filled = [(names[point.series], _cells(point, block, row)) for point in ordered]
         rows = [[name, *cells] for name, cells in filled if cells]
         if rows:
-            caption = f"{settings[points.settings[setting]]}, {inputs} inputs, {tokens(length)} tokens"
+            caption = f"{settings[setting]}, {inputs} inputs, {tokens(length)} tokens"
             grids.append(Grid(caption, ["Mechanism", *columns], rows))
     return grids
 

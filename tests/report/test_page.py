@@ -298,6 +298,6 @@ def test_five_thousand_records_take_seconds(written, sweep):
         for inputs in ("gaussian", "needle", "uniform", "low_rank")
     ]
     assert len(records) > 4900
-    start = time.perf_counter()
+    start = time.process_time()
     written(records)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20

@@ -68,7 +68,7 @@ function leagueTable(league) {
   const columns = ["Mechanism, implementation", ...kept.map((index) => LEAGUE[index]), "Status"];
   const label = `${league.heading}, ${length} tokens`;
   const made = sortable(label, columns, rows.map((row) => leagueRow(row, kept)), [0, columns.length - 2, columns.length - 1]);
-  return element("div", {}, element("p", { class: "muted" }, `At ${length} tokens, ${rows.length} rows.`),
+  return element("div", {}, element("p", { class: "muted" }, `At ${length} tokens, ${rows.length} ${rows.length === 1 ? "row" : "rows"}.`),
     element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, made));
 }
 
