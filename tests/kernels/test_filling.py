@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from linbench_kernels.additive import configs, launch
+from linbench_kernels.additive import configs, configuration, launch
 from linbench_kernels.additive.configs import Plan, Task, config, filled, joint
 from oracle import Case, errors
 
@@ -138,3 +138,11 @@ def test_segments_under_weak_and_strong_decays(strength: float, plans: list[Plan
 def test_a_sequence_too_short_for_segments_is_one_pass(plans: list[Plan], device: torch.device) -> None:
     assert_agrees(Case(heads=1, tokens=127, decay="token", dtype=torch.float64), device)
     assert [found.segments for found in plans] == [1, 1]
+
+
+@pytest.mark.parametrize("case", [Case(tokens=130, decay="token", groups=1, layout="BNH"), Case(tokens=9, key_dim=23)])
+def test_the_configuration_can_be_asked_for(case: Case, plans: list[Plan], device: torch.device) -> None:
+    errors(case, device)
+    x = case.operands(device)
+    given = {name: x[name].requires_grad_() for name in ("q", "k", "v", "log_decay") if name in x}
+    assert [configuration(**given), configuration(**given, backward=True)] == plans[:2]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from linbench_kernels.additive import attention, step
-from linbench_kernels.additive.operator import attention_op, step_op
+from linbench_kernels.additive.operator import attention_op, direct, step_op
 from oracle import Case
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CASES = [
     Case(tokens=5, key_dim=3, value_dim=2),
@@ -61,3 +62,27 @@ def test_one_graph_holds_a_step(device: torch.device) -> None:
     found = compiled(**row, state=state, log_decay=x["log_decay"])
     assert torch.equal(found, step(**row, state=x["initial_state"], log_decay=x["log_decay"]))
     assert torch.equal(state, x["initial_state"])
+
+
+def test_the_dispatcher_is_left_out_only_where_nothing_asks_for_it(device: torch.device) -> None:
+    x = torch.ones(2, device=device)
+    assert direct(x, None, torch.nn.Parameter(x))
+    with FakeTensorMode() as mode:
+        assert not direct(x)
+    assert not direct(mode.from_tensor(x))
+    assert torch.func.vmap(lambda row: row * direct(row))(x[None]).sum() == 0
+
+
+def test_what_a_step_changes_is_known_to_autograd(device: torch.device) -> None:
+    x = Case(tokens=1).operands(device)
+    state = x["initial_state"]
+    before = state._version
+    step(*(x[name][:, :, 0] for name in "qkv"), state)
+    assert state._version == before + 1
+
+
+def test_gradients_of_gradients_are_refused(device: torch.device) -> None:
+    x = {name: tensor.requires_grad_() for name, tensor in Case(tokens=3).operands(device).items()}
+    (gradient,) = torch.autograd.grad(attention(**x)[0].sum(), x["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.sum().backward()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 WIDEST = 256
@@ -76,7 +75,12 @@ class Plan(Config):
 
 def block(width: int) -> int:
     """The power of two that holds a width, 16 at least, as products of tiles ask for."""
-    return int(max(16, triton.next_power_of_2(width)))
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def cdiv(whole: int, part: int) -> int:
+    """Parts that hold the whole."""
+    return -(-whole // part)
 
 
 @dataclass(frozen=True)
@@ -172,10 +176,10 @@ def joint(task: Task) -> bool:
 
 def parts(plan: Plan, task: Task) -> int:
     """Programs of a head of one segment: blocks of columns of every scan."""
-    keys, values = (triton.cdiv(width, min(plan.columns, block(width))) for width in (task.key_dim, task.value_dim))
+    keys, values = (cdiv(width, min(plan.columns, block(width))) for width in (task.key_dim, task.value_dim))
     if task.pass_ == "forward":
-        return int(values)
-    return int(keys + 1 if plan.joint else 2 * keys + values)
+        return values
+    return keys + 1 if plan.joint else 2 * keys + values
 
 
 @functools.cache
@@ -183,16 +187,16 @@ def filled(chosen: Config, task: Task, heads: int, length: int, multiprocessors:
     """The configuration of a task where ``heads`` = S·H alone may leave a part of the device idle.
 
     The device counts as full when programs are ten for every eleven multiprocessors (120 of 132). Heads enough for that
-    are left as they are. Fewer get scans of their own for dk and dv and narrower blocks of columns, down to 32, which
-    multiply the same scores more often but read nothing twice: what they share they find in the cache. Where more than
-    half of the device would be idle all the same, sequences are cut in segments of four chunks or more, which begin with
-    reading k and v once more.
+    are left as they are. Fewer, where their programs do not fill it, get scans of their own for dk and dv and narrower
+    blocks of columns, down to 32, which multiply the same scores more often but read nothing twice: what they share is
+    in the cache. Where more than half of the device would be idle even so, sequences are cut in segments of four chunks
+    or more, which begin by reading k and v once more.
 
     Args:
         length: tokens of a sequence, on average where they are packed.
     """
     plan = Plan(**vars(chosen), joint=joint(task))
-    full = triton.cdiv(multiprocessors * 10, 11)
+    full = cdiv(multiprocessors * 10, 11)
     if heads == 0 or heads >= full:
         return plan
     if heads * parts(plan, task) < full:
@@ -202,5 +206,5 @@ def filled(chosen: Config, task: Task, heads: int, length: int, multiprocessors:
     programs = heads * parts(plan, task)
     if 2 * programs >= full:
         return plan
-    segments = min(triton.cdiv(full, programs), length // (CHUNKS_OF_A_SEGMENT * plan.chunk))
+    segments = min(cdiv(full, programs), length // (CHUNKS_OF_A_SEGMENT * plan.chunk))
     return dataclasses.replace(plan, segments=max(segments, 1))

@@ -15,6 +15,7 @@ from linbench_kernels.additive.configs import (
     Task,
     arithmetic,
     block,
+    cdiv,
     config,
     filled,
     parts,
@@ -68,17 +69,13 @@ def forward(
     batch, heads, length, value_dim = v.shape
     key_dim = q.shape[-1]
     sequences = sequences_of(v, cu_seqlens)
-    arch = arch_of(q)
-    numbers = arithmetic(q.dtype, arch)
     out = torch.empty_like(v)
+    weights = (log_decay, entering, feature, normalised)
+    numbers, _, plan = planned("forward", (q, k, v, out), *weights, False, sequences)
     extended = value_dim + normalised
     state = q.new_empty(sequences, heads, key_dim, extended, dtype=numbers.state) if keep_state else None
     divisors = q.new_empty(batch, heads, length, dtype=numbers.state) if normalised else None
     kind = decay_kind(log_decay)
-    tiles = (q, k, v, out)
-    extra = entering is not None or feature != "identity" or normalised
-    what = task("forward", arch, numbers, key_dim, value_dim, kind, extra, tiles)
-    plan = spread(what, v, sequences)
     columns = min(plan.columns, block(value_dim))
     log_decay, entering, cu_seqlens = small(log_decay), small(entering), small(cu_seqlens)
     if plan.tma:
@@ -88,7 +85,7 @@ def forward(
         segments = Segments(plan, numbers, kind, feature, normalised, False, cu_seqlens)
         before, after = borders(segments, k, v, log_decay, entering, None, 1.0, initial_state, state), None
     if sequences * heads > 0:
-        forward_kernel[(sequences * heads * plan.segments * triton.cdiv(value_dim, columns),)](
+        forward_kernel[(sequences * heads * plan.segments * cdiv(value_dim, columns),)](
             q,
             k,
             v,
@@ -154,17 +151,14 @@ def backward(
     batch, heads, length, value_dim = v.shape
     key_dim = q.shape[-1]
     sequences = sequences_of(v, cu_seqlens)
-    arch = arch_of(q)
-    numbers = precise_arithmetic(q.dtype, arch) if decay_grad else arithmetic(q.dtype, arch)
     kind = decay_kind(log_decay)
     entering, skip, log_decay, cu_seqlens = (small(x) for x in (entering, skip, log_decay, cu_seqlens))
     q_grad, k_grad, v_grad = of_every_head(q, heads), of_every_head(k, heads), torch.empty_like(v)
     tiles = (q, k, v, out_grad, q_grad, k_grad, v_grad)
-    extra = decay_grad or entering is not None or feature != "identity" or normalised
-    what = task("backward", arch, numbers, key_dim, value_dim, kind, extra, tiles)
-    plan = spread(what, v, sequences)
+    weights = (log_decay, entering, feature, normalised)
+    numbers, what, plan = planned("backward", tiles, *weights, decay_grad, sequences)
     columns_d, columns_m = (min(plan.columns, block(width)) for width in (key_dim, value_dim))
-    key_blocks = triton.cdiv(key_dim, columns_d)
+    key_blocks = cdiv(key_dim, columns_d)
 
     def per_token(blocks: int) -> Tensor:
         return q.new_empty(blocks, batch, heads, length, dtype=numbers.state)
@@ -290,7 +284,7 @@ def row_dots(out: Tensor, out_grad: Tensor, numbers: Arithmetic) -> Tensor:
     batch, heads, length, value_dim = out.shape
     delta = out.new_empty(batch, heads, length, dtype=numbers.state)
     rows = 64
-    row_dots_kernel[(batch * heads, triton.cdiv(length, rows))](
+    row_dots_kernel[(batch * heads, cdiv(length, rows))](
         out,
         out_grad,
         delta,
@@ -355,7 +349,7 @@ def step(
     out = v.new_empty(batch, heads, value_dim)
     columns = min(16 if key_dim > 64 else 32, block(value_dim))
     kind = "none" if log_decay is None else {1: "head", 2: "token"}[log_decay.ndim]
-    step_kernel[(batch * heads, 1 if normalised else triton.cdiv(value_dim, columns))](
+    step_kernel[(batch * heads, 1 if normalised else cdiv(value_dim, columns))](
         q,
         k,
         v,
@@ -384,20 +378,57 @@ def step(
     return out
 
 
-def task(
+def configuration(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    entering: Tensor | None = None,
+    feature: str = "identity",
+    normalised: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backward: bool = False,
+) -> Plan:
+    """What :func:`~linbench_kernels.additive.attention`, or its backward, is launched with for these operands.
+
+    The arguments are those of it. In the backward decays have a gradient where they require one, and the gradient of o
+    is taken to lie in memory as v does.
+    """
+    weights = (log_decay, entering, feature, normalised)
+    sequences = sequences_of(v, cu_seqlens)
+    if not backward:
+        return planned("forward", (q, k, v, placeless(v)), *weights, False, sequences)[2]
+    heads = v.shape[1]
+    grads = (of_every_head(placeless(q), heads), of_every_head(placeless(k), heads), placeless(v))
+    decay_grad = log_decay is not None and log_decay.requires_grad
+    return planned("backward", (q, k, v, placeless(v), *grads), *weights, decay_grad, sequences)[2]
+
+
+def placeless(x: Tensor) -> Tensor:
+    """What is allocated in the layout of a tensor, without memory."""
+    return torch.empty_like(x, device="meta")
+
+
+def planned(
     pass_: str,
-    arch: str,
-    numbers: Arithmetic,
-    key_dim: int,
-    value_dim: int,
-    decay: str,
-    extra: bool,
     tiles: tuple[Tensor, ...],
-) -> Task:
-    """What decides the configuration; descriptors need 16 bytes at every step but the last, which is 1."""
+    log_decay: Tensor | None,
+    entering: Tensor | None,
+    feature: str,
+    normalised: bool,
+    decay_grad: bool,
+    sequences: int,
+) -> tuple[Arithmetic, Task, Plan]:
+    """How a call is computed and launched; ``tiles`` are q, k, v and all that goes with them."""
+    q, v, arch = tiles[0], tiles[2], arch_of(tiles[0])
+    numbers = precise_arithmetic(q.dtype, arch) if decay_grad else arithmetic(q.dtype, arch)
+    extra = decay_grad or entering is not None or feature != "identity" or normalised
     operand_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[numbers.operand]
     aligned = all(described(x) for x in tiles)
-    return Task(pass_, arch, operand_bytes, key_dim, value_dim, decay, extra, aligned)
+    widths = (q.shape[-1], v.shape[-1])
+    what = Task(pass_, arch, operand_bytes, *widths, decay_kind(log_decay), extra, aligned)
+    return numbers, what, spread(what, v, sequences)
 
 
 def spread(what: Task, v: Tensor, sequences: int) -> Plan:
@@ -412,10 +443,9 @@ def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def described(x: Tensor) -> bool:
-    """Whether a descriptor can describe every ``x[batch, head]``."""
-    step = 16 // x.element_size()
-    whole = x.data_ptr() % 16 == 0 and all(number % step == 0 for number in x.stride()[:-1])
-    return whole and x.stride(-1) == 1 and x.stride(2) > 0
+    """Whether a descriptor can describe every ``x[batch, head]``: rows without gaps, 16 bytes at every other step."""
+    batch, head, token, one = x.stride()
+    return one == 1 and token > 0 and not (x.data_ptr() | (batch | head | token) * x.element_size()) & 15
 
 
 def sequences_of(v: Tensor, cu_seqlens: Tensor | None) -> int:

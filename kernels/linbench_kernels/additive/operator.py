@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,7 +70,13 @@ def attention(
     if not length:
         raise ValueError("N = 0: a token at least is needed")
     operands = (q, k, v, log_decay, entering, skip, initial_state, cu_seqlens)
-    out, state, _ = attention_op(*operands, float(scale), feature, normalised, return_state)
+    options = (float(scale), feature, normalised, return_state)
+    if not direct(*operands):
+        out, state, _ = attention_op(*operands, *options)
+    elif recorded(*operands):
+        out, state, _ = _Attention.apply(*operands, *options)  # type: ignore[no-untyped-call]
+    else:
+        out, state, _ = launch.forward(*operands[:-1], *options, cu_seqlens)
     return out, state if return_state else None
 
 
@@ -104,8 +111,30 @@ def step(
     expect("state", state, (batch, heads, q.shape[-1], value_dim + normalised))
     if normalised and (scale != 1 or skip is not None):
         raise ValueError("normalised rows take neither scale nor skip")
-    out: Tensor = step_op(q, k, v, state, log_decay, entering, skip, float(scale), feature, normalised)
-    return out
+    operands = (q, k, v, state, log_decay, entering, skip)
+    options = (float(scale), feature, normalised)
+    if not direct(*operands) or recorded(*operands):
+        out: Tensor = step_op(*operands, *options)
+        return out
+    torch.autograd.graph.increment_version(state)
+    return launch.step(*operands, *options)
+
+
+def direct(*operands: Tensor | None) -> bool:
+    """Whether launching is all that a call needs, and not the dispatcher of torch, which takes as long again.
+
+    It is needed where something else than a launch is made of operators: under ``torch.compile``, a mode, a transform
+    of ``torch.func``, or for tensors that are not plain ones.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    plain = all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in operands)
+    return plain and not torch._C._are_functorch_transforms_active()
+
+
+def recorded(*operands: Tensor | None) -> bool:
+    """Whether autograd has to know of a call."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, feature: str, grouped: bool = False) -> None:
@@ -253,19 +282,43 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.save_for_backward(*tensors, *kept)
 
 
-def _backward(ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, _: Any, function: Callable[..., Any] = backward_op
+) -> tuple[Tensor | None, ...]:
     q, k, v, log_decay, entering, skip, initial_state, cu_seqlens, out, divisors = ctx.saved_tensors
     if out_grad is None:
         out_grad = torch.zeros_like(v)
     weights = (log_decay, entering, skip, initial_state, cu_seqlens, divisors)
     options = (ctx.scale, ctx.feature, ctx.normalised, ctx.decay_grad)
-    grads = backward_op(out_grad, state_grad, q, k, v, out, *weights, *options)
+    grads = function(out_grad, state_grad, q, k, v, out, *weights, *options)
     there = (True, True, True, ctx.decay_grad, *(x is not None for x in (entering, skip, initial_state)))
     nothing = (None,) * 5
     return *(grad if given else None for grad, given in zip(grads, there, strict=True)), *nothing
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Attention(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        operands = (*inputs[:7], *inputs[8:], inputs[7])
+        output = launch.forward(*operands)
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()  # gradients of gradients, which the operator knows to refuse
+        return _backward(ctx, out_grad, state_grad, _, backward_op if again else launched)
+
+
+def launched(out_grad: Tensor, state_grad: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    """What ``backward_op`` does, and nothing besides."""
+    operands = (out_grad, state_grad, *inputs[:8], *inputs[9:], inputs[8])
+    return launch.backward(*operands)
 
 
 @torch.library.custom_op("linbench::additive_step", mutates_args=("state",))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
 from torch import Tensor
 
 from linbench_kernels.additive.chain import chain_kernel
-from linbench_kernels.additive.configs import Arithmetic, Plan, block
+from linbench_kernels.additive.configs import Arithmetic, Plan, block, cdiv
 from linbench_kernels.additive.summaries import summaries_kernel
 
 
@@ -50,7 +49,7 @@ def borders(
     states = b.new_empty(plan.segments, sequences, heads, key_dim, extended, dtype=numbers.state)
     fadings = states.new_empty(plan.segments, sequences, heads)
     columns = min(plan.columns, block(value_dim))
-    summaries_kernel[(sequences * heads * plan.segments * triton.cdiv(value_dim, columns),)](
+    summaries_kernel[(sequences * heads * plan.segments * cdiv(value_dim, columns),)](
         b,
         c,
         log_decay,
@@ -84,7 +83,7 @@ def borders(
         num_warps=plan.warps,
     )
     numbers_of_a_program = 1024
-    chain_kernel[(sequences * heads, triton.cdiv(key_dim * extended, numbers_of_a_program))](
+    chain_kernel[(sequences * heads, cdiv(key_dim * extended, numbers_of_a_program))](
         states,
         fadings,
         first,
