@@ -54,8 +54,8 @@ class Hedgehog(AdditiveState):
 
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fused, the causal form: one kernel forward, two backward; neither W q nor features are ever written."""
-        maps = {"query_map": self.query_map, "key_map": self.key_map}
-        maps = {name: weight.to(compute_dtype(q)) for name, weight in maps.items()}
+        dtype = compute_dtype(q)
+        maps = {"query_map": self.query_map.to(dtype), "key_map": self.key_map.to(dtype)}
         return self.fused_features(q, k, v, "softmaxes", **maps)
 
     def weights(self, q: Tensor, k: Tensor, rows: Tensor | None = None) -> Tensor:

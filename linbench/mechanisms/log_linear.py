@@ -14,6 +14,7 @@ from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.fenwick import fenwick_attention, last_states, levels_of
 from linbench.mechanisms.cores.recurrence import CausalOnly
 from linbench.mechanisms.cores.slabs import CHUNK
+from linbench.mechanisms.fused import require
 from linbench.mechanisms.gated_deltanet import DecayGate
 
 
@@ -84,6 +85,18 @@ class LogLinear(CausalOnly):
         log_decay, weights = extras["log_decay"], extras["level_weights"]
         dtype = compute_dtype(v)
         return fenwick_attention(q.to(dtype), k.to(dtype), v, log_decay, weights.to(dtype))
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """Fused: one kernel forward and one backward, in which every program has a state for every level.
+
+        Raises:
+            UsageError: the kernels cannot run here.
+        """
+        self.check(q, k, extras)
+        require(q.device.type)
+        from linbench_kernels.log_linear import attention
+
+        return attention(q, k, v, extras["log_decay"], extras["level_weights"])
 
     @torch.no_grad()
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Levels]:

@@ -58,9 +58,9 @@ def calls(dtype: torch.dtype, width: int, variant: Variant) -> Iterator[Asked]:
 
         return Asked(variant.mechanisms, pass_, wrapper, operands, gated=gated, moved=moved)
 
-    yield asked("forward", launch.forward, q, k, v, *weights, None, None, *options, False)
+    yield asked("forward", launch.forward, q, k, v, *weights, None, *options, False)
     saved = (out, empty(*tile[:3])) if variant.normalised else (None, None)
-    operands = (out_grad, None, q, k, v, saved[0], *weights, None, None, saved[1], *options, variant.decay_grad)
+    operands = (out_grad, None, q, k, v, saved[0], *weights, None, saved[1], *options, variant.decay_grad)
     yield asked("backward", launch.backward, *operands)
     row = [x[:, :, 0] for x in (q, k, v)]
     state = empty(BATCH, HEADS, width, width + variant.normalised)

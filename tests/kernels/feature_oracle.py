@@ -123,7 +123,8 @@ class Case:
                 normal(*shape, self.value_dim),
             ]
 
-        x = {name: self.laid_out(row.to(device, self.dtype)) for name, row in zip("qkv", rows(self.tokens), strict=True)}
+        made = zip("qkv", rows(self.tokens), strict=True)
+        x = {name: self.laid_out(row.to(device, self.dtype)) for name, row in made}
         if self.feature not in ("turned", "unit"):
             # angles in a quarter turn around 0, so that no sum of weights is near 0
             width = {"fourier": 0.3, "softmaxes": self.key_dim**-0.5}.get(self.feature, 1.0)

@@ -47,12 +47,9 @@ def test_any_width(feature: str, key_dim: int, value_dim: int, projections: int,
 @pytest.mark.slow
 @pytest.mark.parametrize("feature", MAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("key_dim", "value_dim", "projections"), [(64, 64, 256), (128, 128, 128), (256, 16, 200), (16, 256, 256), (100, 36, 7)]
-)
-def test_every_width(
-    key_dim: int, value_dim: int, projections: int, dtype: torch.dtype, feature: str, device: torch.device
-) -> None:
+@pytest.mark.parametrize("widths", [(64, 64, 256), (128, 128, 128), (256, 16, 200), (16, 256, 256), (100, 36, 7)])
+def test_every_width(widths: tuple[int, int, int], dtype: torch.dtype, feature: str, device: torch.device) -> None:
+    key_dim, value_dim, projections = widths
     case = Case(
         feature, tokens=70, key_dim=key_dim, value_dim=value_dim, projections=projections, dtype=dtype, size=0.5
     )

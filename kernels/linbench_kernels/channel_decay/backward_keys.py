@@ -89,7 +89,7 @@ def keys_kernel(
     """
     BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    _, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
+    _segment, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
     if after_grad is not None:
         after_grad += sequence.to(tl.int64) * after_grad_b + head.to(tl.int64) * after_grad_h
     if before_grad is not None:

@@ -90,7 +90,7 @@ def queries_values_kernel(
     KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
     PARTS: tl.constexpr = KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
     part, index = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
-    _, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
+    _segment, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
     if before is not None:
         before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
     if after_grad is not None:

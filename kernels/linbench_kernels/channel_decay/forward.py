@@ -64,7 +64,7 @@ def forward_kernel(
     """
     BLOCKS: tl.constexpr = (M + COLUMNS_M - 1) // COLUMNS_M
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    _, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
+    _segment, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
     if before is not None:
         before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
     if after is not None:

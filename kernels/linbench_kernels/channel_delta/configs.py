@@ -50,8 +50,8 @@ def config(task: Task) -> Config:
 
 def _of_hopper(scan: bool, width: int) -> Config:
     """And later: blocks of 64 columns for every four warps, which warp groups multiply, where registers allow it."""
+    if not scan:
+        return Config(chunk=CHUNK, columns=32, warps=4 if width <= 64 else 8, stages=1)
     if width <= 64:
         return Config(chunk=CHUNK, columns=64, warps=4, stages=2)
-    if scan:
-        return Config(chunk=CHUNK, columns=128 if width <= 128 else 64, warps=8, stages=2)
-    return Config(chunk=CHUNK, columns=32, warps=8, stages=1)
+    return Config(chunk=CHUNK, columns=128 if width <= 128 else 64, warps=8, stages=2)

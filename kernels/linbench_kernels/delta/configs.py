@@ -49,13 +49,10 @@ def config(task: Task) -> Config:
     width = max(block(task.key_dim), block(task.value_dim))
     hopper = task.arch == HOPPER or task.arch.startswith(BLACKWELL)
     tma = task.kernel in {"forward", "reverse"} and hopper and task.aligned and task.operand_bytes == 2
-    warps, columns, stages = _of_wide_operands(task, width) if task.operand_bytes > 2 else _of_bf16(task, width)
+    warps, columns, stages = (8, 16, 1) if task.operand_bytes > 2 else _of_bf16(task, width)
+    if task.arch == "interpreter":
+        columns = 32  # wide ones need fewer steps
     return Config(chunk=task.chunk, columns=columns, warps=warps, stages=stages, tma=tma)
-
-
-def _of_wide_operands(task: Task, width: int) -> tuple[int, int, int]:
-    columns = 16 if task.operand_bytes == 8 or width > 128 else 32
-    return 8 if width > 64 else 4, columns, 1
 
 
 def _of_bf16(task: Task, width: int) -> tuple[int, int, int]:

@@ -91,7 +91,7 @@ def reverse_kernel(
     BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     column = part * COLUMNS
-    _, sequence, batch, head, first, count = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
+    _segment, sequence, batch, head, first, count = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
     number, key_number = numbers(batch, head, heads, group, length, first)
     beta += number
     beta_dots += part.to(tl.int64) * beta_dots_part + number

@@ -49,7 +49,7 @@ def states_kernel(
     BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     column = part * COLUMNS
-    _, sequence, batch, head, first, count = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
+    _segment, sequence, batch, head, first, count = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
     number, key_number = numbers(batch, head, heads, group, length, first)
     beta += number
     if log_decay is not None:

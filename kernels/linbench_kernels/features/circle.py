@@ -11,9 +11,10 @@ SHORTEST = tl.constexpr(7.54978995489188216e-8)
 
 @triton.jit
 def sines(x):
-    """Sin x and cos x to 2e-7 where |x| < 8000, beyond which an angle in fp32 has lost its meaning; fp64 as Triton has it.
+    """Sin x and cos x to 2e-7 where |x| < 8000, beyond which an angle in fp32 has lost its meaning.
 
-    What is left of x after whole quarters of a turn goes into polynomials (those of Cephes); Triton's own are of 20 bits.
+    What is left of x after whole quarters of a turn goes into polynomials (those of Cephes); Triton's own are of 20
+    bits. In fp64 they are as Triton has them.
     """
     if x.dtype == tl.float64:
         sine, cosine = tl.sin(x), tl.cos(x)

@@ -60,15 +60,21 @@ def widest_map(arch: str) -> int:
 
 @functools.cache
 def config(task: Task) -> Config:
-    """The configuration of a task."""
+    """The configuration of a task: on sm_90 in bf16 the widest tiles that do not spill, where there are such.
+
+    Forward passes through a W of more than 64 columns spill whatever the tile, since W and what rounding takes from it
+    stay in registers: ``results/kernel_costs.md`` says how much.
+    """
     features = task.tiles * block(task.projections)
     if task.arch == "interpreter":
         return Config(chunk=64, columns=64, warps=4, stages=2)  # wide ones need fewer steps
     if task.operand_bytes > 2:
         return _wide_operands(task, features)
     hopper = task.arch == "sm_90" or task.arch.startswith("sm_10")
-    columns = max(16, min(64, 16384 // features))
-    return Config(chunk=64, columns=columns, warps=8, stages=2, tma=hopper and task.aligned)
+    projected = task.feature not in ELEMENTWISE
+    chunk = 16 if projected and task.kernel == "forward" else 32
+    narrow = projected or (task.kernel == "keys" and task.tiles == 2 and block(task.key_dim) > 64)
+    return Config(chunk=chunk, columns=16 if narrow else 32, warps=8, stages=2, tma=hopper and task.aligned)
 
 
 def _wide_operands(task: Task, features: int) -> Config:

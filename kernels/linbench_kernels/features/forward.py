@@ -1,7 +1,7 @@
 """The forward pass: one launch that reads q, k, v once for every block of value columns; features stay on the chip.
 
-A program walks the tokens of a head in chunks with the sums over the past, ``[P, COLUMNS]`` for each of the two tiles of
-features, in registers. The products are in the order of :mod:`linbench_kernels.additive.scan`, for the same reason.
+A program walks the tokens of a head in chunks with the sums over the past, ``[P, COLUMNS]`` for each of the two tiles
+of features, in registers. The products are in the order of :mod:`linbench_kernels.additive.scan`, for the same reason.
 """
 
 import triton

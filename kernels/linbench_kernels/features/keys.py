@@ -1,7 +1,7 @@
 """The gradients of keys and values: one scan backward in time, with the sums Σ φ(q)ᵀ r [do, δ] over the future.
 
-Those sums are all that either needs: dv_s = φ(k_s) S, and the gradient of φ(k_s) is [v_s, 1] Sᵀ, which goes through the map
-where it is. Letters as in :mod:`linbench_kernels.features.queries`.
+Those sums are all that either needs: dv_s = φ(k_s) S, and the gradient of φ(k_s) is [v_s, 1] Sᵀ, which goes through the
+map where it is. Letters as in :mod:`linbench_kernels.features.queries`.
 """
 
 import triton

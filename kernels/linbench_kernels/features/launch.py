@@ -106,8 +106,7 @@ def backward(
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, both maps (empty unless ``learns``) and the initial state; empty for None."""
-    batch, heads, length, key_dim = q.shape
-    value_dim = v.shape[-1]
+    batch, heads, length, _ = q.shape
     numbers = arithmetic(q.dtype, arch_of(q))
     v_grad = torch.empty_like(v)
     delta = row_dots(out, out_grad, numbers) if batch * heads > 0 else None

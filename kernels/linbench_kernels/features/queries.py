@@ -1,7 +1,8 @@
 """The gradient of the queries: a scan forward in time, with the sums Σ [v, 1]ᵀ φ(k) over the past in registers.
 
-With g_ts = r_t (do_t·v_s + δ_t), r one over the sums of weights and δ = −⟨do, o⟩, the gradient of φ(q_t) is Σ_s g_ts φ(k_s)
-over what t sees. It goes through the map where it is: features are made anew, and no gradient of them is stored.
+With g_ts = r_t (do_t·v_s + δ_t), r one over the sums of weights and δ = −⟨do, o⟩, the gradient of φ(q_t) is
+Σ_s g_ts φ(k_s) over what t sees. It goes through the map where it is: features are made anew, and no gradient of them
+is stored.
 """
 
 import triton

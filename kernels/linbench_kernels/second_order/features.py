@@ -51,12 +51,12 @@ def load_squares(
     squares = ()
     for part in tl.static_range((D + LEFT - 1) // LEFT):
         if start is None:
-            squares = squares + (tl.zeros([LEFT * RIGHT, COLUMNS], dtype=ACC),)  # noqa: RUF005  unpacking is not Triton
+            squares = squares + (tl.zeros([LEFT * RIGHT, COLUMNS], dtype=ACC),)  # type: ignore[assignment]  # noqa: RUF005  unpacking is not Triton
         else:
             rows, _, there = product_rows(part * LEFT, D, LEFT, RIGHT)
             places = start + rows[:, None] * strides[2] + columns[None, :] * strides[3]
             square = tl.load(places, mask=there[:, None] & (columns < M)[None, :], other=0.0).to(ACC)
-            squares = squares + (square * FACTOR,)  # noqa: RUF005
+            squares = squares + (square * FACTOR,)  # type: ignore[assignment]  # noqa: RUF005
     return squares
 
 
@@ -152,5 +152,5 @@ def written_squares(
     for part in tl.static_range((D + LEFT - 1) // LEFT):
         products = products_of(x, strides, tile, batch, head, row, part, length, CHUNK, D, LEFT, RIGHT, OPERAND)
         square = tl.dot(tl.trans(products), values, squares[part], input_precision=PRECISION, out_dtype=ACC)
-        result = result + (square,)  # noqa: RUF005
+        result = result + (square,)  # type: ignore[assignment]  # noqa: RUF005
     return result

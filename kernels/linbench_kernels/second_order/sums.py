@@ -80,8 +80,8 @@ def sums(
         constant = tl.load(start + across, mask=columns < M, other=0.0).to(ACC)
         places = start + (1 + dims)[:, None] * before_strides[2] + across[None, :]
         linear = tl.load(places, mask=(dims < D)[:, None] & (columns < M)[None, :], other=0.0).to(ACC)
-        FACTOR: tl.constexpr = 2.0 / (scale * scale) if REVERSE else 1.0
-        squares = load_squares(start, before_strides, column, FACTOR, D, M, LEFT, BLOCK_D, COLUMNS, ACC)
+        TAKEN: tl.constexpr = 2.0 / (scale * scale) if REVERSE else 1.0
+        squares = load_squares(start, before_strides, column, TAKEN, D, M, LEFT, BLOCK_D, COLUMNS, ACC)
         if NORMALISED:
             start += M * before_strides[3]
             count += tl.load(start).to(ACC)

@@ -50,7 +50,7 @@ def attention(
         raise ValueError(f"window = {window}: at least 1 is needed")
     check_beside(q, v, beside, beside_logs)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, _ = attention_op(q, k, v, beside, beside_logs, window, float(scale), causal)
+    out: Tensor = attention_op(q, k, v, beside, beside_logs, window, float(scale), causal)[0]
     return out
 
 
