@@ -24,7 +24,7 @@ KNOWN_SPILLS = {
     ("features.keys", "hedgehog"): 732,
     ("features.keys", "rfa"): 1_212,
 }
-"""What does not keep to the budget yet, and may not become worse: W and what rounding takes from it fill the registers."""
+"""What does not keep to the budget yet, and may not become worse: W and its lost bits fill the registers."""
 
 
 def over_budget(row: dict[str, Any]) -> str | None:

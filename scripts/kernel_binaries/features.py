@@ -76,8 +76,8 @@ def calls(dtype: torch.dtype, width: int, variant: Variant) -> Iterator[Asked]:
 def moved_tensors(one: Launch, width: int, dtype: torch.dtype) -> float | None:
     """Tensors of B·H·N·D that cross memory; blocks of columns share what they read in the cache.
 
-    o reads q, k, v; dq reads q, k, v, do; dk and dv the same. Where there are more blocks than one, each writes its part
-    of dq or dk in fp32, the sum of them reads all and writes the result.
+    o reads q, k, v; dq reads q, k, v, do; dk and dv the same. Where there are more blocks than one, each writes its
+    part of dq or dk in fp32, the sum of them reads all and writes the result.
     """
     if one.name == "features.forward":
         return 4
