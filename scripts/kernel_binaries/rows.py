@@ -69,6 +69,7 @@ def _described(arch: str, dtype: str, width: int, entry: _Found) -> dict[str, An
     moved = asked[0].moved(launch)
     tensor_bytes = BATCH * HEADS * LENGTH * width * DTYPES[dtype].itemsize
     intermediates = [call.intermediates for call in entry.calls]
+    strict = [call.intermediates for one, call in zip(asked, entry.calls, strict=True) if one.one_pass]
     return {
         "kernel": launch.name,
         "mechanisms": list(dict.fromkeys(name for one in asked for name in one.mechanisms)),
@@ -85,7 +86,9 @@ def _described(arch: str, dtype: str, width: int, entry: _Found) -> dict[str, An
         **asdict(binary),
         "ctas_per_multiprocessor": binaries.ctas_per_multiprocessor(binary, arch, launch.warps),
         "intermediate_bytes": max(sum(made.bytes for made in call) for call in intermediates),
-        "state_bytes": max(sum(made.bytes for made in call if _states(made, width)) for call in intermediates),
+        "state_bytes": max(
+            sum(made.bytes for made in call if _states(made, width)) for call in strict or intermediates
+        ),
         "moved_tensors": moved,
         "predicted_h200_ms": None if moved is None else round(moved * tensor_bytes / H200_BYTES_PER_S * 1e3, 3),
     }
