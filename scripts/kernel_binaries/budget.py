@@ -47,10 +47,8 @@ def over_budget(row: dict[str, Any]) -> str | None:
 
 def allowed_spills(row: dict[str, Any]) -> float:
     """Bytes per thread."""
-    known = max((KNOWN_SPILLS.get((row["kernel"], name), 0) for name in row["mechanisms"]), default=0)
-    if known:
-        return known
     narrow = max(row["key_dim"], row["value_dim"]) <= WIDEST
     if row["arch"] != "sm_90" or row["dtype"] != "bfloat16" or not narrow:
         return math.inf  # fp16 and fp32 are there to be right
-    return GATED_BACKWARD_BYTES if row["gated"] and row["pass"] == "backward" else 0
+    known = max((KNOWN_SPILLS.get((row["kernel"], name), 0) for name in row["mechanisms"]), default=0)
+    return known or (GATED_BACKWARD_BYTES if row["gated"] and row["pass"] == "backward" else 0)

@@ -70,12 +70,16 @@ def test_no_default_breaks_its_budget(costs: ModuleType) -> None:
         ({"spill_bytes": 257, "pass": "backward", "gated": True}, "spilled"),
         ({"spill_bytes": 256, "pass": "backward", "gated": True}, None),
         ({"spill_bytes": 4, "key_dim": 256}, None),
+        ({"spill_bytes": 392, "kernel": "features.queries", "mechanisms": ["hedgehog"]}, None),
+        ({"spill_bytes": 396, "kernel": "features.queries", "mechanisms": ["hedgehog"]}, "spilled"),
         ({"spill_bytes": 4, "arch": "sm_80"}, None),
         ({"state_bytes": 4, "one_pass": False}, None),
     ],
 )
 def test_what_breaks_a_budget(changed: dict[str, Any], reason: str | None, costs: ModuleType) -> None:
     fine = {
+        "kernel": "additive.forward",
+        "mechanisms": ["retnet"],
         "pass": "forward",
         "gated": False,
         "one_pass": True,
