@@ -8,7 +8,8 @@ from oracle import relative
 
 from linbench import registry
 
-NAMES = ("based", "kda", "lightning", "linear", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7")
+NAMES = ("based", "cosformer", "hedgehog", "kda", "lightning", "linear", "log_linear", "mamba", "mamba2")
+NAMES += ("performer", "retnet", "rfa", "rwkv4", "rwkv7", "taylor")
 SHORT = {"kda": 20, "mamba": 18, "rwkv4": 18, "rwkv7": 20}
 """Tokens where the interpreter is slow: it walks elementwise scans one by one, and chunks of 16 tokens."""
 
