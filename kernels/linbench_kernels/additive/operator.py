@@ -60,7 +60,7 @@ def attention(
     """
     check(q, k, v, feature, grouped=True)
     batch, heads, length, value_dim = v.shape
-    sequences = batch if cu_seqlens is None else check_packing(cu_seqlens, batch)
+    sequences = check_packing(cu_seqlens, batch)
     expect("log_decay", log_decay, (heads,), (batch, heads, length))
     expect("entering", entering, (batch, heads, length))
     expect("skip", skip, (heads,))
@@ -146,23 +146,33 @@ def check(q: Tensor, k: Tensor, v: Tensor, feature: str, grouped: bool = False) 
         fewer = ", with G that divides H," if grouped else ""
         heads = "G" if grouped else "H"
         raise ValueError(f"{found}: q and k of one shape [B, {heads}, N, D] and v [B, H, N, M]{fewer} are needed")
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of {DTYPES} for all is needed")
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        raise ValueError(f"D = {q.shape[-1]}, M = {v.shape[-1]}: at most {WIDEST} is supported")
+    check_numbers(q, k, v)
     if feature not in FEATURES:
         raise ValueError(f"unknown feature '{feature}'; choose from {', '.join(FEATURES)}")
     if (reason := unavailable(q.device)) is not None:
         raise ValueError(reason)
 
 
-def check_packing(cu_seqlens: Tensor, batch: int) -> int:
-    """The number of packed sequences; what cannot be borders of them is refused."""
+def check_numbers(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse dtypes and widths that no kernel takes."""
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of {DTYPES} for all is needed")
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        raise ValueError(f"D = {q.shape[-1]}, M = {v.shape[-1]}: at most {WIDEST} is supported")
+
+
+def check_packing(cu_seqlens: Tensor | None, batch: int) -> int:
+    """The number of sequences: the batch, or those packed in one; what cannot be borders of them is refused.
+
+    The numbers are not looked at, which would wait for the device.
+    """
+    if cu_seqlens is None:
+        return batch
     if cu_seqlens.ndim != 1 or not cu_seqlens.numel() or cu_seqlens.dtype not in (torch.int32, torch.int64):
         found = f"{list(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {found}; [S + 1] of int32 or int64 is needed")
     if batch != 1:
-        raise ValueError(f"B = {batch}: packed sequences lie in one batch")
+        raise ValueError(f"B = {batch}: packed sequences lie in one batch element")
     return cu_seqlens.numel() - 1
 
 

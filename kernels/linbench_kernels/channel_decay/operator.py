@@ -49,7 +49,7 @@ def attention(
     check(q, k, v, "identity", grouped=True)
     batch, heads, length, value_dim = v.shape
     key_dim = q.shape[-1]
-    sequences = batch if cu_seqlens is None else check_packing(cu_seqlens, batch)
+    sequences = check_packing(cu_seqlens, batch)
     expect("log_decay", log_decay, (batch, heads, length, key_dim))
     expect("bonus", bonus, (heads, key_dim))
     expect("initial_state", initial_state, (sequences, heads, key_dim, value_dim))

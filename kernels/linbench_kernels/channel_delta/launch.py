@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block
-from linbench_kernels.additive.launch import products, strides
+from linbench_kernels.additive.launch import arch_of, products, strides
 from linbench_kernels.channel_delta.configs import CHUNK, SEGMENT, Task, config
 from linbench_kernels.channel_delta.forward import forward_kernel
 from linbench_kernels.channel_delta.prepare import prepare_kernel
@@ -19,15 +19,9 @@ from linbench_kernels.channel_delta.reverse import reverse_kernel
 from linbench_kernels.channel_delta.step import step_kernel
 from linbench_kernels.channel_delta.writing import writing_kernel
 from linbench_kernels.delta.launch import STORED
-from linbench_kernels.device import architecture
 
 Factors = tuple[Tensor | None, Tensor | None]
 """One over the norms of q and of k, ``[B, H, N]`` each, or None twice."""
-
-
-def arch_of(x: Tensor) -> str:
-    """The architecture that a tensor lives on."""
-    return architecture(x.device.index or 0)
 
 
 @dataclass(frozen=True)

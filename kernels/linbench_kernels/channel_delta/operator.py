@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linbench_kernels.additive.operator import check, expect
+from linbench_kernels.additive.operator import check, expect, recorded
 from linbench_kernels.channel_delta import launch
 from linbench_kernels.channel_delta.configs import CHUNK, SEGMENT
 
@@ -62,7 +62,7 @@ def attention(
     if not scale:
         raise ValueError("scale = 0: all of the outputs would be zero")
     operands = (q, k, v, log_decay, beta, removed, written, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    keep = recorded(*operands)
     out, state, *_ = attention_op(*operands, float(scale), unit, return_state, keep)
     return out, state if return_state else None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linbench_kernels.additive.launch import sequences_of
-from linbench_kernels.additive.operator import check, check_packing, expect
+from linbench_kernels.additive.operator import check, check_packing, expect, recorded
 from linbench_kernels.delta import launch
 
 
@@ -50,14 +50,14 @@ def attention(
     """
     check(q, k, v, "identity", grouped=True)
     batch, heads, length, value_dim = v.shape
-    sequences = batch if cu_seqlens is None else check_packing(cu_seqlens, batch)
+    sequences = check_packing(cu_seqlens, batch)
     expect("beta", beta, (batch, heads, length))
     expect("log_decay", log_decay, (batch, heads, length))
     expect("initial_state", initial_state, (sequences, heads, q.shape[-1], value_dim))
     if not length:
         raise ValueError("N = 0: a token at least is needed")
     operands = (q, k, v, beta, log_decay, initial_state, cu_seqlens)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    keep = recorded(*operands)
     out, state, *_ = attention_op(*operands, float(scale), unit, return_state, keep)
     return out, state if return_state else None
 

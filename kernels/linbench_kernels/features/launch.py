@@ -9,8 +9,7 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block
-from linbench_kernels.additive.launch import described, products, row_dots, scratch, strides
-from linbench_kernels.device import architecture
+from linbench_kernels.additive.launch import arch_of, described, products, row_dots, scratch, strides
 from linbench_kernels.features.configs import LEVELLED, Task, config, feature_width
 from linbench_kernels.features.forward import forward_kernel
 from linbench_kernels.features.keys import keys_kernel
@@ -18,11 +17,6 @@ from linbench_kernels.features.queries import queries_kernel
 from linbench_kernels.features.step import step_kernel
 
 NO_STRIDES = (0, 0, 0)
-
-
-def arch_of(x: Tensor) -> str:
-    """The architecture that a tensor lives on."""
-    return architecture(x.device.index or 0)
 
 
 def forward(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from linbench_kernels.additive.launch import arch_of
 from linbench_kernels.additive.operator import check, expect
 from linbench_kernels.features import launch
 from linbench_kernels.features.configs import ELEMENTWISE, FEATURES, LEVELLED, feature_width, widest_map
@@ -140,7 +141,7 @@ def options(
         shape = (heads, key_dim, query_map.shape[-1])
         expect("query_map", query_map, shape)
         expect("key_map", key_map, shape)
-        widest = widest_map(launch.arch_of(q))
+        widest = widest_map(arch_of(q))
         if not 1 <= shape[-1] <= widest:
             raise ValueError(f"P = {shape[-1]}: 1 to {widest} columns are supported")
     if feature == "turned" and (horizon is None or horizon < tokens):

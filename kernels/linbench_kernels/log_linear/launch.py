@@ -7,18 +7,12 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import Arithmetic, arithmetic, block, precise_arithmetic
-from linbench_kernels.additive.launch import products
-from linbench_kernels.device import architecture
+from linbench_kernels.additive.launch import arch_of, products
 from linbench_kernels.log_linear.backward import backward_kernel
 from linbench_kernels.log_linear.configs import Config, config
 from linbench_kernels.log_linear.forward import forward_kernel
 from linbench_kernels.log_linear.levels import clock_kernel
 from linbench_kernels.log_linear.step import step_kernel
-
-
-def arch_of(x: Tensor) -> str:
-    """The architecture that a tensor lives on."""
-    return architecture(x.device.index or 0)
 
 
 def chosen(pass_: str, numbers: Arithmetic, q: Tensor, v: Tensor) -> Config:

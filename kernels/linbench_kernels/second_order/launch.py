@@ -7,18 +7,12 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import Arithmetic, arithmetic, block
-from linbench_kernels.additive.launch import described, products, scratch, small, strides
-from linbench_kernels.device import architecture
+from linbench_kernels.additive.launch import arch_of, described, products, scratch, small, strides
 from linbench_kernels.second_order.backward import backward_kernel
 from linbench_kernels.second_order.configs import Config, Task, config
 from linbench_kernels.second_order.forward import forward_kernel
 from linbench_kernels.second_order.rows import rows_kernel
 from linbench_kernels.second_order.step import step_kernel
-
-
-def arch_of(x: Tensor) -> str:
-    """The architecture that a tensor lives on."""
-    return architecture(x.device.index or 0)
 
 
 def state_rows(key_dim: int) -> int:

@@ -9,22 +9,11 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import Config, arithmetic
-from linbench_kernels.additive.launch import small, strides
-from linbench_kernels.device import architecture
+from linbench_kernels.additive.launch import arch_of, sequences_of, small, strides
 from linbench_kernels.selective_scan.backward import backward_kernel
 from linbench_kernels.selective_scan.configs import Task, border_distance, config, power
 from linbench_kernels.selective_scan.forward import forward_kernel
 from linbench_kernels.selective_scan.step import step_kernel
-
-
-def arch_of(x: Tensor) -> str:
-    """The architecture that a tensor lives on."""
-    return architecture(x.device.index or 0)
-
-
-def sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many there are: the batch, or those that are packed in one element of it."""
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def borders_per_head(length: int, distance: int, packed: int | None) -> int:
@@ -35,7 +24,7 @@ def borders_per_head(length: int, distance: int, packed: int | None) -> int:
 def border_shape(q: Tensor, value_dim: int, cu_seqlens: Tensor | None, arch: str) -> tuple[int, ...]:
     """Of what the forward keeps for the backward."""
     batch, heads, length, key_dim = q.shape
-    packed = None if cu_seqlens is None else sequences(q, cu_seqlens)
+    packed = None if cu_seqlens is None else sequences_of(q, cu_seqlens)
     places = borders_per_head(length, border_distance(arch, key_dim), packed)
     return batch, heads, places, value_dim, key_dim
 
@@ -59,7 +48,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final states, and the states at borders that the backward starts from; empty unless asked for."""
     heads, length, key_dim = q.shape[1:]
-    value_dim, count = v.shape[-1], sequences(q, cu_seqlens)
+    value_dim, count = v.shape[-1], sequences_of(q, cu_seqlens)
     arch = arch_of(q)
     numbers = arithmetic(q.dtype, arch)
     chosen = config(Task("forward", arch, numbers.state.itemsize, key_dim, value_dim))
@@ -106,7 +95,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, Δ, A, the skip and the initial states; empty for None."""
     heads, length, key_dim = q.shape[1:]
-    value_dim, count = v.shape[-1], sequences(q, cu_seqlens)
+    value_dim, count = v.shape[-1], sequences_of(q, cu_seqlens)
     arch = arch_of(q)
     numbers = arithmetic(q.dtype, arch)
     chosen = config(Task("backward", arch, numbers.state.itemsize, key_dim, value_dim))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linbench_kernels.additive.operator import check, expect
+from linbench_kernels.additive.launch import arch_of, sequences_of
+from linbench_kernels.additive.operator import check, check_packing, expect, recorded
 from linbench_kernels.selective_scan import launch
 
 
@@ -51,12 +52,12 @@ def scan(
     expect("step_size", step_size, tuple(v.shape))
     expect("rate", rate, (heads, v.shape[-1], key_dim))
     expect("skip", skip, (heads, v.shape[-1]))
-    check_packing(cu_seqlens, batch)
-    expect("initial_state", initial_state, (launch.sequences(q, cu_seqlens), heads, v.shape[-1], key_dim))
+    sequences = check_packing(cu_seqlens, batch)
+    expect("initial_state", initial_state, (sequences, heads, v.shape[-1], key_dim))
     if not length:
         raise ValueError("N = 0: a token at least is needed")
     operands = (q, k, v, step_size, rate, skip, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    keep = recorded(*operands)
     out, state, _ = scan_op(*operands, cu_seqlens, return_state, keep)
     return out, state if return_state else None
 
@@ -81,16 +82,6 @@ def step(
     expect("state", state, (batch, heads, v.shape[-1], key_dim))
     out: Tensor = step_op(q, k, v, state, step_size, rate, skip)
     return out
-
-
-def check_packing(cu_seqlens: Tensor | None, batch: int) -> None:
-    """Refuse what does not say where packed sequences end; its numbers are not looked at, which would wait for them."""
-    if cu_seqlens is None:
-        return
-    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}; int32 or int64 [S + 1] is needed")
-    if batch != 1:
-        raise ValueError(f"B = {batch}: packed sequences are in one batch element")
 
 
 @torch.library.custom_op("linbench::selective_scan", mutates_args=())
@@ -125,8 +116,8 @@ def _(
     keep_borders: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     precise = torch.promote_types(q.dtype, torch.float32)
-    of_states = (launch.sequences(q, cu_seqlens), q.shape[1], v.shape[-1], q.shape[-1])
-    of_borders = launch.border_shape(q, v.shape[-1], cu_seqlens, launch.arch_of(q))
+    of_states = (sequences_of(q, cu_seqlens), q.shape[1], v.shape[-1], q.shape[-1])
+    of_borders = launch.border_shape(q, v.shape[-1], cu_seqlens, arch_of(q))
     state, borders = (
         q.new_empty(shape, dtype=precise) if wanted else q.new_empty(0)
         for shape, wanted in ((of_states, keep_state), (of_borders, keep_borders))

@@ -9,18 +9,12 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import Arithmetic, arithmetic, block
-from linbench_kernels.additive.launch import products, small, strides
-from linbench_kernels.device import architecture
+from linbench_kernels.additive.launch import arch_of, products, small, strides
 from linbench_kernels.window.configs import Config, config
 from linbench_kernels.window.forward import forward_kernel
 from linbench_kernels.window.keys import keys_kernel
 from linbench_kernels.window.queries import queries_kernel
 from linbench_kernels.window.step import step_kernel
-
-
-def arch_of(x: Tensor) -> str:
-    """The architecture that a tensor lives on."""
-    return architecture(x.device.index or 0)
 
 
 def chosen(kernel: str, numbers: Arithmetic, q: Tensor, v: Tensor) -> Config:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linbench_kernels.additive.configs import WIDEST
-from linbench_kernels.additive.operator import DTYPES, expect
+from linbench_kernels.additive.operator import check_numbers, expect
 from linbench_kernels.device import unavailable
 from linbench_kernels.window import launch
 
@@ -89,10 +88,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
         raise ValueError(f"{found}: q [B, H, N, D], k [B, H, N_k, D] and v [B, H, N_k, M] are needed")
     if q.shape[-1] != k.shape[-1] or (causal and q.shape[2] != k.shape[2]):
         raise ValueError(f"{found}: q and k of one width are needed, and of one length where causal")
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of {DTYPES} for all is needed")
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        raise ValueError(f"D = {q.shape[-1]}, M = {v.shape[-1]}: at most {WIDEST} is supported")
+    check_numbers(q, k, v)
     if not q.shape[2] or not k.shape[2]:
         raise ValueError("N = 0: a token at least is needed")
     if (reason := unavailable(q.device)) is not None:

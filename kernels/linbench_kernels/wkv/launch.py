@@ -7,9 +7,8 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import arithmetic
-from linbench_kernels.additive.launch import small, strides
-from linbench_kernels.device import architecture
-from linbench_kernels.selective_scan.launch import borders_per_head, new_borders, sequences
+from linbench_kernels.additive.launch import arch_of, sequences_of, small, strides
+from linbench_kernels.selective_scan.launch import borders_per_head, new_borders
 from linbench_kernels.wkv.backward import backward_kernel
 from linbench_kernels.wkv.configs import config
 from linbench_kernels.wkv.forward import forward_kernel
@@ -19,15 +18,10 @@ PARTS = 3
 """Of a state: numerator, denominator, level."""
 
 
-def arch_of(x: Tensor) -> str:
-    """The architecture that a tensor lives on."""
-    return architecture(x.device.index or 0)
-
-
 def border_shape(k: Tensor, cu_seqlens: Tensor | None, arch: str) -> tuple[int, ...]:
     """Of what the forward keeps for the backward."""
     batch, heads, length, channels = k.shape
-    packed = None if cu_seqlens is None else sequences(k, cu_seqlens)
+    packed = None if cu_seqlens is None else sequences_of(k, cu_seqlens)
     return batch, heads, borders_per_head(length, config(arch).chunk, packed), PARTS, channels
 
 
@@ -44,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final states, and the states at borders that the backward starts from; empty unless asked for."""
     heads, length, width = k.shape[1:]
-    count, arch = sequences(k, cu_seqlens), arch_of(k)
+    count, arch = sequences_of(k, cu_seqlens), arch_of(k)
     numbers, chosen = arithmetic(k.dtype, arch), config(arch)
     out = torch.empty_like(v)
     state = k.new_empty(count, heads, PARTS, width, dtype=numbers.state) if keep_state else None
@@ -90,7 +84,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, k, v, the rate, the bonus and the initial states; empty for None."""
     heads, length, width = k.shape[1:]
-    count, arch = sequences(k, cu_seqlens), arch_of(k)
+    count, arch = sequences_of(k, cu_seqlens), arch_of(k)
     numbers, chosen = arithmetic(k.dtype, arch), config(arch)
     r_grad, k_grad, v_grad = (torch.empty_like(x) for x in (r, k, v))
     rate_parts, bonus_parts = k.new_empty(2, count, heads, width, dtype=numbers.state)

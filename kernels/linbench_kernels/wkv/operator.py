@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linbench_kernels.additive.operator import check, expect
-from linbench_kernels.selective_scan.launch import sequences
-from linbench_kernels.selective_scan.operator import check_packing
+from linbench_kernels.additive.launch import arch_of, sequences_of
+from linbench_kernels.additive.operator import check, check_packing, expect, recorded
 from linbench_kernels.wkv import launch
 
 
@@ -54,12 +53,12 @@ def scan(
     expect("v", v, (batch, heads, length, width))
     expect("rate", rate, (heads, width))
     expect("bonus", bonus, (heads, width))
-    check_packing(cu_seqlens, batch)
-    expect("initial_state", initial_state, (sequences(k, cu_seqlens), heads, launch.PARTS, width))
+    sequences = check_packing(cu_seqlens, batch)
+    expect("initial_state", initial_state, (sequences, heads, launch.PARTS, width))
     if not length:
         raise ValueError("N = 0: a token at least is needed")
     operands = (r, k, v, rate, bonus, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    keep = recorded(*operands)
     out, state, _ = scan_op(*operands, cu_seqlens, return_state, keep)
     return out, state if return_state else None
 
@@ -113,8 +112,8 @@ def _(
     keep_borders: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     precise = torch.promote_types(k.dtype, torch.float32)
-    of_states = (sequences(k, cu_seqlens), k.shape[1], launch.PARTS, k.shape[-1])
-    of_borders = launch.border_shape(k, cu_seqlens, launch.arch_of(k))
+    of_states = (sequences_of(k, cu_seqlens), k.shape[1], launch.PARTS, k.shape[-1])
+    of_borders = launch.border_shape(k, cu_seqlens, arch_of(k))
     state, borders = (
         k.new_empty(shape, dtype=precise) if wanted else k.new_empty(0)
         for shape, wanted in ((of_states, keep_state), (of_borders, keep_borders))
