@@ -107,7 +107,7 @@ def write_page(
     runs: Sequence[Run], records: Sequence[Record], frontiers: Sequence[Frontier], folder: Path, title: str
 ) -> Path:
     """The report of records; a folder that cannot be written is told as bad input."""
-    from linbench.report import write_report
+    from linbench.report.page import write_report
 
     try:
         return write_report(records, runs, folder, title, frontiers)

@@ -14,11 +14,11 @@ from pathlib import Path
 from linbench import registry
 from linbench.conformance.kit import PROPERTIES
 from linbench.record import Record, Run
-from linbench.report import write_report
 from linbench.report.answers import make_answers
 from linbench.report.crossover import crossovers
 from linbench.report.figures import make_look
 from linbench.report.league import League, make_leagues
+from linbench.report.page import write_report
 from linbench.report.points import Series, make_points
 from linbench.store import read
 

@@ -108,9 +108,14 @@ class Record(Block):
         return {server: speed for status, server, speed in every if speed and status is self.best_status}
 
     @property
+    def samples_ms(self) -> list[list[float]]:
+        """Milliseconds of one call: a list for each server whose processes timed it, empty without a time."""
+        return [speed.samples_ms for speed in self.timings.values()]
+
+    @property
     def latency_ms(self) -> float | None:
         """Median over rounds of the median of a round's samples; None without a time."""
-        medians = [median(speed.samples_ms) for speed in self.timings.values()]
+        medians = [median(samples) for samples in self.samples_ms]
         return median(medians) if medians else None
 
     @model_validator(mode="after")

@@ -75,7 +75,7 @@ def _speed(record: Record) -> dict[str, Any]:
     names = ("latency_ms", "latency_low_ms", "latency_high_ms", "latency_min_ms", "latency_coverage", "samples")
     if record.speed is None:
         return dict.fromkeys((*names, "rounds", "stop", "threads", "foreign_cpu_cores"))
-    estimate = pooled_median([speed.samples_ms for speed in record.timings.values()])
+    estimate = pooled_median(record.samples_ms)
     values = (estimate.value, estimate.low, estimate.high, estimate.minimum, estimate.coverage, estimate.count)
     return dict(zip(names, values, strict=True)) | {
         "rounds": len(record.timings),

@@ -10,7 +10,7 @@ import pytest
 from browser import PROGRAM, Browser
 
 from linbench.record import Peaks
-from linbench.report import write_report
+from linbench.report.page import write_report
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine (apt-get install chromium)")
 

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 
 from linbench.record import Cost, Peaks
-from linbench.report import write_report
 from linbench.report.league import make_leagues
+from linbench.report.page import write_report
 from linbench.report.points import make_points
 from linbench.report.style import PAPER, VARIABLES, mechanism_marks
 from linbench.report.units import latency
