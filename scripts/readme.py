@@ -19,7 +19,8 @@ from linbench.report.crossover import crossovers
 from linbench.report.figures import make_look
 from linbench.report.league import League, make_leagues
 from linbench.report.page import write_report
-from linbench.report.points import Series, make_points
+from linbench.report.points import make_points
+from linbench.report.settings import Series
 from linbench.store import read
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,8 @@ from linbench.errors import UsageError
 from linbench.record import Record, Run, Status
 from linbench.report import units
 from linbench.report.names import series_names, setting_names
-from linbench.report.points import Point, Points, Setting, make_points
+from linbench.report.points import Point, Points, make_points
+from linbench.report.settings import Setting
 
 _SPECIAL = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",

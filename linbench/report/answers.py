@@ -10,7 +10,8 @@ from linbench.record import Record
 from linbench.report.crossover import Crossover, fastest_exact
 from linbench.report.names import length_ranges, listing, mask_name, pass_name, setting_names, variant_names
 from linbench.report.pareto import common_length
-from linbench.report.points import EXACT, Point, Points, Series, Setting
+from linbench.report.points import Point, Points
+from linbench.report.settings import EXACT, Series, Setting
 from linbench.report.units import error, skill, tokens
 from linbench.stats import ratio_of_medians
 

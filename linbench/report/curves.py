@@ -10,7 +10,8 @@ from linbench.report.charts import Lines, Look, Value, failing, strip_height
 from linbench.report.names import listing, setting_names
 from linbench.report.panel import Chart
 from linbench.report.pareto import common_length
-from linbench.report.points import EXACT, Point, Points, Series, Setting
+from linbench.report.points import Point, Points
+from linbench.report.settings import EXACT, Series, Setting
 from linbench.report.units import error, size, tokens
 from linbench.stats import Estimate, scaling_exponent
 

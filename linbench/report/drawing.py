@@ -20,7 +20,7 @@ from matplotlib.markers import MarkerStyle
 
 from linbench.report.charts import Look, line_options
 from linbench.report.panel import Chart, Panel
-from linbench.report.points import Series
+from linbench.report.settings import Series
 from linbench.report.style import INK, PAPER, VARIABLES, Style
 
 WIDTH_POINTS = 360.0

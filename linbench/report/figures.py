@@ -12,7 +12,8 @@ from linbench.report.fronts import ROW_POINTS, Brackets, Front
 from linbench.report.names import listing, series_names, setting_names
 from linbench.report.panel import Chart, Panel
 from linbench.report.pareto import Across, Trade, trades
-from linbench.report.points import Points, Setting
+from linbench.report.points import Points
+from linbench.report.settings import Setting
 from linbench.report.style import make_styles
 from linbench.report.units import error, tokens
 

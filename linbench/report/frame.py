@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from linbench.record import Environment, Record, Run
-from linbench.report.points import inputs_of, series_of
+from linbench.report.settings import inputs_of, series_of
 from linbench.roofline import roofline
 from linbench.stats import pooled_median
 

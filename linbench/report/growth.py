@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from linbench.report.names import setting_names, variant_names
-from linbench.report.points import Point, Points, Series
+from linbench.report.points import Point, Points
 from linbench.report.sections import Grid, Section
+from linbench.report.settings import Series
 from linbench.report.units import MISSING, tokens
 
 REACH = 16

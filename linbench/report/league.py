@@ -11,7 +11,8 @@ from linbench.report import units
 from linbench.report.crossover import fastest_exact
 from linbench.report.names import setting_names, variant_name
 from linbench.report.pareto import common_length
-from linbench.report.points import Point, Points, Series, Setting
+from linbench.report.points import Point, Points
+from linbench.report.settings import Series, Setting
 from linbench.stats import Estimate, ratio_of_medians
 
 

@@ -12,8 +12,9 @@ from linbench.report.charts import Look
 from linbench.report.league import League, Row
 from linbench.report.names import mask_name, pass_name, setting_names
 from linbench.report.panel import Chart, Entry, Panel
-from linbench.report.points import Point, Points, Series, Setting
+from linbench.report.points import Point, Points
 from linbench.report.sections import Section
+from linbench.report.settings import Series, Setting
 from linbench.report.style import DARK, VARIABLES, Fill, Style
 
 SYMBOLS = {
