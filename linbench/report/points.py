@@ -16,7 +16,7 @@ from linbench.roofline import Roofline, roofline
 from linbench.stats import Estimate, Samples, median_interval, pooled_median
 
 LAUNCH_BOUND = 0.2
-_Grouped = dict[tuple[Setting, Series, int, str | None], list[tuple[Record, str]]]
+_Grouped = dict[tuple[Setting, Series, int, str | None], list[Record]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,6 @@ class Point:
     length: int
     inputs: str | None
     records: tuple[Record, ...]
-    keys: tuple[str, ...]
-    """Of the records' cells."""
 
     @cached_property
     def measured(self) -> tuple[Record, ...]:
@@ -159,12 +157,11 @@ class Point:
         low, high = (found.share * time.value / bound for bound in (time.high, time.low))
         return Estimate(found.share, low, high, time.coverage, time.count, low)
 
-    @property
+    @cached_property
     def record_name(self) -> str:
         """``RUN/KEY`` of the first record behind the numbers, or of the first of all where there are none."""
         first = self.measured[0] if self.measured else self.records[0]
-        index = next(index for index, record in enumerate(self.records) if record is first)
-        return f"{first.run}/{self.keys[index]}"
+        return f"{first.run}/{first.cell.key}"
 
     @property
     def reading(self) -> str | None:
@@ -205,6 +202,14 @@ class Points:
         return grouped
 
     @cached_property
+    def inputs_by_setting(self) -> dict[Setting, list[Point]]:
+        """The points of every family of inputs, in the order of ``by_inputs``."""
+        grouped: dict[Setting, list[Point]] = {setting: [] for setting in self.settings}
+        for point in self.by_inputs:
+            grouped[point.setting].append(point)
+        return grouped
+
+    @cached_property
     def by_table(self) -> dict[tuple[Setting, str, int], list[Point]]:
         """Setting, family of inputs and length, in order -> the points there, by series."""
         rank = {setting: index for index, setting in enumerate(self.settings)}
@@ -222,19 +227,23 @@ def make_points(records: Sequence[Record], runs: Sequence[Run]) -> Points:
     for key, record in keyed:
         if key not in newest or record.time >= newest[key].time:
             newest[key] = record
-    current = [(*place, record) for place, record in keyed if record.code == newest[place].code]
+    current = [(machine, record) for (machine, key), record in keyed if record.code == newest[machine, key].code]
     superseded = tuple(record for key, record in keyed if record.code != newest[key].code)
     pooled: _Grouped = defaultdict(list)
     by_inputs: _Grouped = defaultdict(list)
-    for machine, name, record in current:
+    settings: dict[Setting, Setting] = {}
+    every_series: dict[Series, Series] = {}
+    for machine, record in current:
         cell = record.cell
         setting, series = setting_of(cell, machine), series_of(cell)
-        pooled[setting, series, cell.length, None].append((record, name))
-        by_inputs[setting, series, cell.length, inputs_of(cell)].append((record, name))
+        # one object for all that are equal: that it is the same one is seen without a look at its fields
+        setting, series = settings.setdefault(setting, setting), every_series.setdefault(series, series)
+        pooled[setting, series, cell.length, None].append(record)
+        by_inputs[setting, series, cell.length, inputs_of(cell)].append(record)
     environments = {run.run: run.environment for run in runs}
-    kept = tuple(record for *_, record in current)
+    kept = tuple(record for _, record in current)
     return Points(_points(pooled), _points(by_inputs), superseded, kept, environments)
 
 
 def _points(grouped: _Grouped) -> tuple[Point, ...]:
-    return tuple(Point(*place, *zip(*found, strict=True)) for place, found in grouped.items())
+    return tuple(Point(*place, tuple(found)) for place, found in grouped.items())

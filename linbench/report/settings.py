@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from linbench.cell import Cell, Scalar
 
@@ -71,8 +71,18 @@ def setting_of(cell: Cell, machine: str) -> Setting:
 
 def series_of(cell: Cell) -> Series:
     """The series of a cell."""
-    text = json.dumps(cell.hyperparameters, sort_keys=True)
-    return Series(cell.mechanism, cell.target, text, cell.implementation)
+    return Series(cell.mechanism, cell.target, hyperparameters_of(cell), cell.implementation)
+
+
+def hyperparameters_of(cell: Cell) -> str:
+    """The hyperparameters of a cell as canonical JSON."""
+    return _canonical(tuple((name, type(value), value) for name, value in cell.hyperparameters.items()))
+
+
+@lru_cache(maxsize=4096)
+def _canonical(named: tuple[tuple[str, type, Scalar], ...]) -> str:
+    """The types are there to tell 1 from 1.0 and from true, which are equal."""
+    return json.dumps({name: value for name, _, value in named}, sort_keys=True)
 
 
 def inputs_of(cell: Cell) -> str:
