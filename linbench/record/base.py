@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from linbench.compact import share_fields_set
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 class Status(StrEnum):
