@@ -302,7 +302,7 @@ function showCharts() {
     const figures = panels.map((panel) => makeFigure(Object.assign(panel, common)));
     const named = new Set(panels.flatMap((panel) => shownEntries(panel).map((entry) => entry[0])));
     holder.replaceChildren(...figures);
-    if (!panels.length) holder.append(element("p", { class: "muted" }, "Nothing was measured with these filters."));
+    if (!panels.length) holder.append(element("p", { class: "muted" }, `Nothing with these filters; Reset shows ${chart.panels.length} panels.`));
     for (const figure of figures) watcher.observe(figure);
     for (const item of document.querySelectorAll(`[data-legend="${CSS.escape(chart.slug)}"] li`)) {
       item.hidden = !named.has(Number(item.dataset.series));
