@@ -54,7 +54,11 @@ def calls(dtype: torch.dtype, width: int, variant: Variant) -> Iterator[Asked]:
 
     def asked(pass_: str, wrapper: Any, *operands: Any) -> Asked:
         def moved(one: Launch) -> float | None:
-            return moved_tensors(pass_, variant) if one.name == f"additive.{pass_}" else None
+            return (
+                moved_tensors(pass_, variant, one.arguments.get("JOINT", False))
+                if one.name == f"additive.{pass_}"
+                else None
+            )
 
         return Asked(variant.mechanisms, pass_, wrapper, operands, gated=gated, moved=moved)
 
@@ -68,15 +72,15 @@ def calls(dtype: torch.dtype, width: int, variant: Variant) -> Iterator[Asked]:
     yield asked("step", launch.step, *row, state, *weights, *options)
 
 
-def moved_tensors(pass_: str, variant: Variant) -> float | None:
+def moved_tensors(pass_: str, variant: Variant, joint: bool) -> float | None:
     """Tensors of B·H·N·D that cross memory, each scan reading its operands once: blocks of columns share the cache.
 
     o reads q, k, v; dq reads do, v, k; dk reads v, do, q; dv reads k, q, do; features and the gradient of decays read q
-    for dq and k for dk as well. The rows of the normaliser read o and do.
+    for dq and k for dk as well. The rows of the normaliser read o and do. Joint: dk and dv read q, k, v, do once.
     """
     if pass_ == "step":
         return None
     if pass_ == "forward":
         return 4
     own = variant.decay_grad or variant.entering or variant.feature != "identity"
-    return 12 + (2 if own else 0) + (2 if variant.normalised else 0)
+    return (10 if joint else 12) + (2 if own else 0) + (2 if variant.normalised else 0)
