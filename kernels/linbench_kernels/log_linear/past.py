@@ -114,16 +114,14 @@ def past(
                 faded = tl.exp2((fading + (now - ended)).to(ACC))
                 read = tl.zeros([CHUNK, COLUMNS], dtype=ACC)
                 read = times(a_tile, state, read, OPERAND, PRECISION, SPLIT, ACC) * faded[:, None]
-                level = RANK + slot
+                rank = RANK + slot
                 if own is not None:
-                    level_dot = tl.sum(own_tile.to(ACC) * read, 1)
-                    if level < LEVELS - 1:
-                        store_level(
-                            level_dots, level_strides, batch, head, row, level, length, level_dot, CHUNK, LEVELS
-                        )
+                    rank_dot = tl.sum(own_tile.to(ACC) * read, 1)
+                    if rank < LEVELS - 1:
+                        store_level(level_dots, level_strides, batch, head, row, rank, length, rank_dot, CHUNK, LEVELS)
                     else:
-                        beyond += level_dot
-                weight = load_level(weights, weights_strides, batch, head, row, level, length, CHUNK, LEVELS, ACC)
+                        beyond += rank_dot
+                weight = load_level(weights, weights_strides, batch, head, row, rank, length, CHUNK, LEVELS, ACC)
                 acc += read * weight[:, None]
         if own is not None:
             store_level(level_dots, level_strides, batch, head, row, LEVELS - 1, length, beyond, CHUNK, LEVELS)
