@@ -15,6 +15,9 @@ from oracle import relative
 from torch import Tensor
 
 from linbench import registry
+from linbench.conformance.finding import Verdict
+from linbench.conformance.kit import Examination, examine
+from linbench.errors import UsageError
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SLOW = pytest.mark.slow
@@ -268,6 +271,18 @@ def test_what_no_kernel_takes_is_refused_in_a_sentence(device: torch.device) -> 
         attention(**x, window=2, beside=x["v"])
     with pytest.raises(ValueError, match="beside_logs is"):
         attention(**x, window=2, beside=x["v"], beside_logs=x["v"])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the examination is of kernels on the CPU")
+def test_based_of_another_order_is_refused_and_its_convergence_is_none_of_the_kernels() -> None:
+    shape = {"heads": 2, "key_dim": 10, "value_dim": 14, "causal": True}
+    x = [torch.zeros(1, 2, 5, width) for width in (10, 10, 14)]
+    with pytest.raises(UsageError, match="order 2, not 3"):
+        registry.build("based", implementation="triton", order=3, **shape)(*x)
+    with pytest.raises(UsageError, match="at most 32 numbers"):
+        registry.build("based", implementation="triton", feature_dim=None, **{**shape, "key_dim": 33})(*x)
+    found = examine(Examination("based", implementations=("triton",)), "convergence")
+    assert found.verdict is Verdict.NOT_APPLICABLE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
