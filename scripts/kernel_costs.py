@@ -27,7 +27,18 @@ from kernel_binaries.budget import over_budget
 from kernel_binaries.rows import DTYPES
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = ("additive", "channel_decay", "delta", "channel_delta", "features", "selective_scan", "wkv")
+FAMILIES = (
+    "additive",
+    "channel_decay",
+    "delta",
+    "channel_delta",
+    "features",
+    "second_order",
+    "window",
+    "log_linear",
+    "selective_scan",
+    "wkv",
+)
 """Modules of ``kernel_binaries``, each with ``costs(arch, dtype, width)``, named as the families of kernels are."""
 WIDTHS = {"bfloat16": (64, 128, 256), "float16": (64,), "float32": (64,)}
 
