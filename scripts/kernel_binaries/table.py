@@ -9,6 +9,7 @@ HEAD = """# What the kernels cost by their binaries
 Made by `scripts/kernel_costs` on a machine without a GPU. Nothing here is a measured time.
 The JSON file beside this has more: every class of instruction, the intermediates in bytes.
 
+- **form**: how the call comes: dense with heads enough to fill a device, unless said otherwise.
 - **kernel**: its family, its name, and the pass that launches it where that is not its name.
 - **tile**: tokens of a chunk × columns of a program, warps, chunks loaded ahead, and how: `tma` or by pointers.
 - **spill**: bytes per thread that are stored and loaded because registers ran out. The budget is that of sm_90 in bf16
@@ -24,6 +25,7 @@ The JSON file beside this has more: every class of instruction, the intermediate
 """
 COLUMNS = (
     "mechanisms",
+    "form",
     "kernel",
     "dtype",
     "D = M",
@@ -52,7 +54,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         assembler = next(row["assembler"] for row in rows if (row["triton"], row["arch"]) == made)
         told = f", ptxas {assembler}" if assembler else ""
         parts += [f"## {made[1]}, triton {made[0]}{told}\n\n", f"| {' | '.join(COLUMNS)} |\n"]
-        parts.append("| --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 3) + "\n")
+        parts.append("| --- | --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 4) + "\n")
         parts += [f"| {' | '.join(cells(row))} |\n" for row in rows if (row["triton"], row["arch"]) == made]
         parts.append("\n")
     return "".join(parts).rstrip() + "\n"
@@ -64,6 +66,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     shared = loop["load_shared"] + loop["store_shared"]
     known = [
         ", ".join(row["mechanisms"]),
+        row.get("form", "dense"),
         row["kernel"] if row["kernel"].endswith(f".{row['pass']}") else f"{row['kernel']} ({row['pass']})",
         row["dtype"],
         row["key_dim"],
@@ -96,7 +99,8 @@ def tile(config: dict[str, Any]) -> str:
 
 def name(row: dict[str, Any]) -> str:
     """What a row is about."""
-    return f"{row['arch']} {row['mechanisms'][0]} {row['pass']} {row['kernel']} {row['dtype']} {row['key_dim']}"
+    what = f"{row['mechanisms'][0]} {row['pass']}, {row.get('form', 'dense')}: {row['kernel']}"
+    return f"{row['arch']} {row['dtype']} {row['key_dim']} {what}"
 
 
 def line(row: dict[str, Any]) -> str:
