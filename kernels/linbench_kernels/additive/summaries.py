@@ -110,7 +110,11 @@ def summaries_kernel(
         if DECAY != "none" or source is not None:
             faded = written.to(ACC) * factor[:, None]
             written = operand(faded, OPERAND)
-        state = tl.dot(tl.trans(b_tile), written, state, input_precision=PRECISION, out_dtype=ACC)
+        if FEATURE == "identity":
+            state = tl.dot(tl.trans(b_tile), written, state, input_precision=PRECISION, out_dtype=ACC)
+        else:  # features come from registers: as an accumulator from chunk to chunk the state would serialise products
+            added = tl.dot(tl.trans(b_tile), written, input_precision=PRECISION, out_dtype=ACC)
+            state = tl.fma(added, tl.full([1, 1], 1.0, dtype=ACC), state)
         if SPLIT:
             if DECAY != "none" or source is not None:
                 lost = rest(faded, written, OPERAND)
