@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kernel_binaries.rows import H200_BYTES_PER_S
+
 HEAD = """# What the kernels cost by their binaries
 
 Made by `scripts/kernel_costs` on a machine without a GPU. Nothing here is a measured time.
@@ -20,9 +22,20 @@ The JSON file beside this has more: every class of instruction, the intermediate
   memory, special functions (`exp2`), barriers. In the backward it is the longest of its scans.
 - **moved**: U, tensors of B·H·N·D that cross memory when every scan reads its operands once and blocks of columns
   find each other's in the cache. dk and dv walk in step and may find each other's too; that is not counted.
-- **predicted**: ms on an H200 at 4.3 TB/s for B = 8, H = 16, N = 8192, from `moved` alone. Predicted, never measured.
+- **predicted**: ms on an H200 for B = 8, H = 16, N = 8192, from `moved` alone. Predicted, never measured.
 
 """
+PREDICTIONS = """## Predicted times of passes, none of them measured
+
+All kernels of a pass that move tensors of B·H·N·D, in bf16 at B = 8, H = 16, N = 8192, by `moved` alone and at
+{rate:.1f} TB/s, which is what NVIDIA's datasheet of the H200 says of its memory. Not in it: what is one number a token,
+and all waiting for products or launches. Every kernel will be slower.
+
+| mechanisms | D = M | forward U | ms | backward U | ms | both U | ms |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+"""
+PREDICTED = ("sm_90", "bfloat16")
+"""Architecture and dtype of the predictions."""
 COLUMNS = (
     "mechanisms",
     "form",
@@ -49,7 +62,7 @@ COLUMNS = (
 
 def page(rows: list[dict[str, Any]]) -> str:
     """Markdown: one table for every version of Triton and architecture."""
-    parts = [HEAD]
+    parts = [HEAD, *predictions(rows)]
     for made in dict.fromkeys((row["triton"], row["arch"]) for row in rows):
         assembler = next(row["assembler"] for row in rows if (row["triton"], row["arch"]) == made)
         told = f", ptxas {assembler}" if assembler else ""
@@ -58,6 +71,25 @@ def page(rows: list[dict[str, Any]]) -> str:
         parts += [f"| {' | '.join(cells(row))} |\n" for row in rows if (row["triton"], row["arch"]) == made]
         parts.append("\n")
     return "".join(parts).rstrip() + "\n"
+
+
+def predictions(rows: list[dict[str, Any]]) -> list[str]:
+    """Tensors and milliseconds of forward, backward and both, by mechanism and width, for the newest Triton."""
+    known = [row for row in rows if (row["arch"], row["dtype"]) == PREDICTED and row["moved_tensors"] is not None]
+    newest = max((row["triton"] for row in known), default=None)
+    found: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
+    for row in (row for row in known if row["triton"] == newest):
+        for name in row["mechanisms"]:
+            passes = found.setdefault((name, row["key_dim"]), {})
+            tensors, ms = passes.get(row["pass"], (0.0, 0.0))
+            passes[row["pass"]] = tensors + row["moved_tensors"], ms + row["predicted_h200_ms"]
+    lines = []
+    for (name, width), passes in found.items():
+        if {"forward", "backward"} <= set(passes):
+            both = tuple(map(sum, zip(passes["forward"], passes["backward"], strict=True)))
+            numbers = (f"{tensors:g} | {ms:.3f}" for tensors, ms in (passes["forward"], passes["backward"], both))
+            lines.append(f"| {name} | {width} | {' | '.join(numbers)} |\n")
+    return [PREDICTIONS.format(rate=H200_BYTES_PER_S / 1e12), *lines, "\n"] if lines else []
 
 
 def cells(row: dict[str, Any]) -> list[str]:
