@@ -57,11 +57,11 @@ def forward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o, and log2 of the sums of all weights of its rows."""
+    """o, and of its rows the level of the largest weight and its share, ``[2, B, H, N]``."""
     batch, heads, length, _ = q.shape
     numbers = arithmetic(q.dtype, arch_of(q))
     out = result(q, v)
-    logs = q.new_empty(q.shape[:3], dtype=numbers.state)
+    scales = q.new_empty(2, *q.shape[:3], dtype=numbers.state)
     form = chosen("forward", numbers, q, v)
     if q.numel():
         forward_kernel[(triton.cdiv(length, form.rows) * batch * heads,)](
@@ -69,7 +69,7 @@ def forward(
             k,
             v,
             out,
-            logs,
+            *scales,
             beside,
             small(beside_logs),
             *q.stride(),
@@ -84,7 +84,7 @@ def forward(
             0 if beside is None else length - beside.shape[2],
             **settings(form, numbers, q, v, scale, causal),
         )
-    return out, logs
+    return out, scales
 
 
 def backward(
@@ -93,7 +93,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    logs: Tensor,
+    scales: Tensor,
     beside: Tensor | None,
     beside_logs: Tensor | None,
     window: int,
@@ -108,7 +108,7 @@ def backward(
     logs_grad = None
     if beside_logs is not None:
         logs_grad = beside_logs.new_empty(beside_logs.shape, dtype=numbers.state)
-    delta = torch.empty_like(logs)
+    delta = torch.empty_like(scales[0])
     if q.numel():
         form = chosen("queries", numbers, q, v)
         queries_kernel[(triton.cdiv(length, form.rows) * batch * heads,)](
@@ -117,7 +117,7 @@ def backward(
             v,
             out,
             out_grad,
-            logs,
+            *scales,
             delta,
             q_grad,
             beside,
@@ -145,7 +145,7 @@ def backward(
             k,
             v,
             out_grad,
-            logs,
+            *scales,
             delta,
             k_grad,
             v_grad,

@@ -135,7 +135,7 @@ def _(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     precise = torch.promote_types(q.dtype, torch.float32)
-    return launch.result(q, v), q.new_empty(q.shape[:3], dtype=precise)
+    return launch.result(q, v), q.new_empty((2, *q.shape[:3]), dtype=precise)
 
 
 @torch.library.custom_op("linbench::window_attention_backward", mutates_args=())
@@ -145,7 +145,7 @@ def backward_op(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    logs: Tensor,
+    scales: Tensor,
     beside: Tensor | None,
     beside_logs: Tensor | None,
     window: int,
@@ -153,7 +153,7 @@ def backward_op(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`~linbench_kernels.window.launch.backward` as an operator of torch."""
-    return launch.backward(out_grad, q, k, v, out, logs, beside, beside_logs, window, scale, causal)
+    return launch.backward(out_grad, q, k, v, out, scales, beside, beside_logs, window, scale, causal)
 
 
 @backward_op.register_fake
@@ -163,7 +163,7 @@ def _(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    logs: Tensor,
+    scales: Tensor,
     beside: Tensor | None,
     beside_logs: Tensor | None,
     window: int,
@@ -184,11 +184,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, out_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, out, logs, beside, beside_logs = ctx.saved_tensors
+    q, k, v, out, scales, beside, beside_logs = ctx.saved_tensors
     if out_grad is None:
         return (None,) * 8
     options = (ctx.window, ctx.scale, ctx.causal)
-    grads = backward_op(out_grad, q, k, v, out, logs, beside, beside_logs, *options)
+    grads = backward_op(out_grad, q, k, v, out, scales, beside, beside_logs, *options)
     return *grads[:3], *((None, None) if beside is None else grads[3:]), None, None, None
 
 
