@@ -253,6 +253,9 @@ def test_steps_are_rows_of_the_whole(missing: int | None, dtype: torch.dtype, de
         late = {name: x[name][:, :, token] for name in ("beside", "beside_logs") if name in x}
         keys, values = (x[name][:, :, near].flip(2) for name in "kv")
         row = step(x["q"][:, :, token], keys, values, scale=case.scale, **late)
+        more = (torch.cat((tensor[:, :, :3], tensor[:, :, :1] * 1e3, tensor[:, :, 3:]), 2) for tensor in (keys, values))
+        near_alone = step(x["q"][:, :, token], *more, scale=case.scale, without=min(3, keys.shape[2]), **late)
+        assert relative(near_alone, row.cpu()) <= TOLERANCE[torch.float32]
         assert row.dtype is dtype
         assert relative(row, expected[:, :, token]) <= TOLERANCE[dtype]
 

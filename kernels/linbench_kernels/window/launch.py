@@ -171,7 +171,15 @@ def reach(window: int, q: Tensor, k: Tensor) -> int:
     return min(window, max(q.shape[2], k.shape[2]))
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Tensor | None, scale: float) -> Tensor:
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beside: Tensor | None,
+    beside_logs: Tensor | None,
+    scale: float,
+    without: int | None = None,
+) -> Tensor:
     """One query: o ``[B, H, M]``."""
     batch, heads, key_dim = q.shape
     value_dim = v.shape[-1]
@@ -190,6 +198,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Te
             *((0, 0, 0) if beside is None else beside.stride()),
             heads,
             k.shape[2],
+            -1 if without is None else without,
             scale=scale,
             D=key_dim,
             M=value_dim,

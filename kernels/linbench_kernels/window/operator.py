@@ -59,12 +59,14 @@ def step(
     v: Tensor,
     *,
     scale: float | None = None,
+    without: int | None = None,
     beside: Tensor | None = None,
     beside_logs: Tensor | None = None,
 ) -> Tensor:
     """One query of :func:`attention` ``[B, H, D]`` and the keys ``[B, H, n, D]`` and values that are in its window.
 
-    In any order, as a ring has them; ``beside`` is ``[B, H, M]`` and ``beside_logs`` ``[B, H]``. Gives o ``[B, H, M]``.
+    In any order, as a ring has them; ``without`` is the number of one that has left. ``beside`` is ``[B, H, M]`` and
+    ``beside_logs`` ``[B, H]``. Gives o ``[B, H, M]``.
 
     Raises:
         ValueError: as in :func:`attention`.
@@ -77,7 +79,7 @@ def step(
         None if beside_logs is None else beside_logs[:, :, None],
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = step_op(q, k, v, beside, beside_logs, float(scale))
+    out: Tensor = step_op(q, k, v, beside, beside_logs, float(scale), without)
     return out
 
 
@@ -196,11 +198,27 @@ attention_op.register_autograd(_backward, setup_context=_setup)
 
 
 @torch.library.custom_op("linbench::window_step", mutates_args=())
-def step_op(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Tensor | None, scale: float) -> Tensor:
+def step_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beside: Tensor | None,
+    beside_logs: Tensor | None,
+    scale: float,
+    without: int | None = None,
+) -> Tensor:
     """:func:`~linbench_kernels.window.launch.step` as an operator of torch."""
-    return launch.step(q, k, v, beside, beside_logs, scale)
+    return launch.step(q, k, v, beside, beside_logs, scale, without)
 
 
 @step_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Tensor | None, scale: float) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beside: Tensor | None,
+    beside_logs: Tensor | None,
+    scale: float,
+    without: int | None = None,
+) -> Tensor:
     return v.new_empty((*q.shape[:2], v.shape[-1]))
