@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from linbench_kernels.second_order import launch
+from linbench_kernels.second_order.states import features
 
 from kernel_binaries import rows
 from kernel_binaries.launches import Launch, empty
@@ -37,7 +38,7 @@ def calls(dtype: torch.dtype, width: int) -> Iterator[Asked]:
 
     yield asked("forward", launch.forward, q, k, v, None, 0.25, 0, False)
     yield asked("backward", launch.backward, out_grad, logs, None, q, k, v, out, logs, None, 0.25, 0)
-    state = empty(BATCH, HEADS, launch.state_rows(KEY_DIM), width + 1)
+    state = empty(BATCH, HEADS, features(KEY_DIM), width + 1)
     yield asked("step", launch.step, *(x[:, :, 0] for x in (q, k, v)), state, 0.25)
 
 

@@ -27,14 +27,14 @@ def calls(dtype: torch.dtype, width: int) -> Iterator[Asked]:
     """Forward, backward and step, on tensors without memory."""
     q, k, v, out, out_grad = (empty(BATCH, HEADS, LENGTH, width, dtype=dtype) for _ in range(5))
     beside = empty(BATCH, HEADS, LENGTH - WINDOW, width, dtype=dtype)
-    logs, beside_logs = empty(BATCH, HEADS, LENGTH), empty(BATCH, HEADS, LENGTH - WINDOW)
+    scales, beside_logs = empty(2, BATCH, HEADS, LENGTH), empty(BATCH, HEADS, LENGTH - WINDOW)
     options = (WINDOW, width**-0.5, True)
 
     def asked(pass_: str, wrapper: Any, *operands: Any) -> Asked:
         return Asked(("based",), pass_, wrapper, operands, moved=moved_tensors)
 
     yield asked("forward", launch.forward, q, k, v, beside, beside_logs, *options)
-    yield asked("backward", launch.backward, out_grad, q, k, v, out, logs, beside, beside_logs, *options)
+    yield asked("backward", launch.backward, out_grad, q, k, v, out, scales, beside, beside_logs, *options)
     near = (q[:, :, 0], k[:, :, :WINDOW], v[:, :, :WINDOW])
     yield asked("step", launch.step, *near, beside[:, :, 0], beside_logs[:, :, 0], width**-0.5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,14 +191,31 @@ def test_results_have_the_layout_of_what_they_belong_to(device: torch.device) ->
         assert found.stride() == given.stride()
 
 
+@pytest.mark.parametrize(("dtype", "missing"), [(torch.float32, 11), (torch.float32, None), (torch.bfloat16, None)])
 @pytest.mark.parametrize("size", [1e-3, 30.0])
-def test_small_and_large_numbers(size: float, device: torch.device) -> None:
-    """Logits of some thousands: e to them is no number, and rows have one key. fp32 has four digits of such weights."""
-    case = Case(size=size, missing=11)
-    assert over(dataclasses.replace(case, dtype=torch.float64), device, 1e-10) == {}
+def test_small_and_large_numbers(size: float, dtype: torch.dtype, missing: int | None, device: torch.device) -> None:
+    """No worse than softmax over all pairs in the same dtype. Logits of thousands have four digits after the point in
+    fp32, rows have one key, and what is left of their gradients is small beside what cancels."""
+    case = Case(size=size, missing=missing, dtype=dtype)
+    right = by_name(all_pairs, case, torch.device("cpu"), torch.float64)
+    plain = by_name(all_pairs, case, torch.device("cpu"), dtype)
+    for name, found in by_name(attention, case, device, dtype).items():
+        expected = right[name].nan_to_num(0)
+        assert relative(found, expected) <= max(4 * relative(plain[name], expected), TOLERANCE[dtype] / 10), name
+
+
+def by_name(operator: Callable[..., Tensor], case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The result and gradients through it, of the operands of the case in that dtype."""
     x = case.operands(device)
-    expected = all_pairs(**{name: tensor.cpu().double() for name, tensor in x.items()}, **case.settings)
-    assert relative(attention(**x, **case.settings), expected) <= 2e-4
+    x = {name: tensor.to(torch.promote_types(dtype, tensor.dtype)).requires_grad_() for name, tensor in x.items()}
+    out = operator(**x, **case.settings)
+    toward = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(case.dtype)
+    gradients = torch.autograd.grad(out, list(x.values()), toward.to(out))
+    return {"o": out, **dict(zip(x, gradients, strict=True))}
+
+
+def test_large_numbers_in_fp64(device: torch.device) -> None:
+    assert over(Case(size=30.0, missing=11, dtype=torch.float64), device, 1e-10) == {}
 
 
 def test_nothing_beside_and_nothing_but_beside(device: torch.device) -> None:
@@ -235,6 +253,9 @@ def test_steps_are_rows_of_the_whole(missing: int | None, dtype: torch.dtype, de
         late = {name: x[name][:, :, token] for name in ("beside", "beside_logs") if name in x}
         keys, values = (x[name][:, :, near].flip(2) for name in "kv")
         row = step(x["q"][:, :, token], keys, values, scale=case.scale, **late)
+        more = (torch.cat((tensor[:, :, :3], tensor[:, :, :1] * 1e3, tensor[:, :, 3:]), 2) for tensor in (keys, values))
+        near_alone = step(x["q"][:, :, token], *more, scale=case.scale, without=min(3, keys.shape[2]), **late)
+        assert relative(near_alone, row.cpu()) <= TOLERANCE[torch.float32]
         assert row.dtype is dtype
         assert relative(row, expected[:, :, token]) <= TOLERANCE[dtype]
 

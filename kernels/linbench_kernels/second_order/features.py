@@ -28,6 +28,14 @@ def product_rows(first, D: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
 
 
 @triton.jit
+def distinct_rows(D: tl.constexpr, BLOCK: tl.constexpr):
+    """Of all products x_i x_j: the rows of a state that has each once, which are there, and which have i = j."""
+    flat = tl.arange(0, BLOCK * BLOCK)
+    left, right = flat // BLOCK, flat % BLOCK
+    return 1 + D + left * D - left * (left - 1) // 2 + right - left, (left <= right) & (right < D), left == right
+
+
+@triton.jit
 def of_head(x, strides, batch, head):
     """Where the state of a head begins."""
     return x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]

@@ -16,7 +16,7 @@ from linbench_kernels.second_order.step import step_kernel
 
 
 def state_rows(key_dim: int) -> int:
-    """1, D and D²."""
+    """1, D and D²: what the scans have, see :mod:`~linbench_kernels.second_order.states`."""
     return 1 + key_dim + key_dim**2
 
 
@@ -198,6 +198,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> tuple[
             *state.stride(),
             heads,
             scale=scale,
+            ROOT=abs(scale) ** 0.5,
             D=key_dim,
             M=value_dim,
             BLOCK_D=block(key_dim),

@@ -10,6 +10,7 @@ from torch import Tensor
 from linbench_kernels.additive.operator import check, expect
 from linbench_kernels.second_order import launch
 from linbench_kernels.second_order.configs import WIDEST_KEY
+from linbench_kernels.second_order.states import distinct, features, whole
 
 
 def attention(
@@ -31,7 +32,8 @@ def attention(
         q: ``[B, H, N, D]``; bf16, fp16, fp32 or fp64, as k ``[B, H, N, D]`` and v ``[B, H, N, M]``; D up to 32, M up
             to 256.
         delay: tokens by which queries are behind keys, less than N: the first ones, which see no key, have no row.
-        initial_state: sums over earlier keys of [1, k, k ⊗ k]ᵀ [v, 1], ``[B, H, 1 + D + D², M + 1]``.
+        initial_state: sums over earlier keys of φ(k)ᵀ [v, 1], ``[B, H, F, M + 1]`` with F = 1 + D + D (D + 1) / 2: see
+            :mod:`~linbench_kernels.second_order.states`.
         return_state: whether the sums over the first N − delay keys are wanted.
 
     Returns:
@@ -43,11 +45,12 @@ def attention(
     """
     checked(q, k, v, scale)
     batch, heads, length, key_dim = q.shape
-    expect("initial_state", initial_state, (batch, heads, launch.state_rows(key_dim), v.shape[-1] + 1))
+    expect("initial_state", initial_state, (batch, heads, features(key_dim), v.shape[-1] + 1))
     if not 0 <= delay < length:
         raise ValueError(f"delay = {delay} and N = {length}: at least 0 and less than N is needed")
-    out, logs, state = attention_op(q, k, v, initial_state, float(scale), delay, return_state)
-    return out, logs, state if return_state else None
+    before = None if initial_state is None else whole(initial_state, scale, key_dim)
+    out, logs, state = attention_op(q, k, v, before, float(scale), delay, return_state)
+    return out, logs, distinct(state, scale, key_dim) if return_state else None
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float = 1.0) 
 
     Args:
         q: ``[B, H, D]``, as k; v ``[B, H, M]``.
-        state: ``[B, H, 1 + D + D², M + 1]``; fp32 (fp64 for fp64).
+        state: ``[B, H, F, M + 1]``; fp32 (fp64 for fp64).
 
     Returns:
         o ``[B, H, M]`` and the logarithm of its divisor ``[B, H]``.
@@ -67,7 +70,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float = 1.0) 
     """
     checked(q[:, :, None], k[:, :, None], v[:, :, None], scale)
     batch, heads, key_dim = q.shape
-    expect("state", state, (batch, heads, launch.state_rows(key_dim), v.shape[-1] + 1))
+    expect("state", state, (batch, heads, features(key_dim), v.shape[-1] + 1))
     out, logs = step_op(q, k, v, state, float(scale))
     return out, logs
 

@@ -13,7 +13,8 @@ def forward_kernel(
     k,
     v,
     out,
-    logs,
+    levels,
+    shares,
     beside,
     beside_logs,
     q_b,
@@ -57,7 +58,9 @@ def forward_kernel(
     """Grid (blocks of queries · B·H,), the blocks of a head side by side, where they share keys in the cache.
 
     Args:
-        logs: ``[B, H, N]``: log2 of the sum of the weights of a row, those of ``beside`` among them.
+        levels: ``[B, H, N]``: log2 of the largest weight of a row, that of ``beside`` among them; 0 for no weight.
+        shares: ``[B, H, N]``: what that weight is of all of the row. One logarithm for both would have too few digits
+            where logits are large: of 4,000 it says e^0.0003 at best, and rows would not sum to one.
         beside: the result over other keys of all queries but the first ``missing``, or None.
         beside_logs: natural logarithms of the sums of its weights, contiguous.
     """
@@ -87,18 +90,19 @@ def forward_kernel(
         acc *= fade[:, None]
         acc = tl.dot(operand(weights, OPERAND), v_tile, acc, input_precision=PRECISION, out_dtype=ACC)
 
-    own = tl.where(total > 0, finite(largest) + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    joint = own
+    level = finite(largest)
     if beside is not None:
         place = row - missing
         other = late_logs(beside_logs, index, place, length - missing, ROWS, ACC)
-        top = finite(tl.maximum(own, other))
-        both = tl.exp2(own - top) + tl.exp2(other - top)
-        joint = tl.where(both > 0, top + tl.log2(tl.where(both > 0, both, 1.0)), float("-inf"))
-    acc *= tl.exp2(finite(largest) - finite(joint))[:, None]
-    if beside is not None:
+        level = finite(tl.maximum(largest, other))
+        fade = tl.exp2(largest - level)
+        weight = tl.exp2(other - level)
         strides = (beside_b, beside_h, beside_n, beside_d)
         places, there = late_places(beside, strides, batch, head, place, length - missing, ROWS, M, BLOCK_M)
-        acc += tl.load(places, mask=there, other=0.0).to(ACC) * tl.exp2(other - finite(joint))[:, None]
-    store_row(logs, batch, head, heads, row, length, joint, ROWS)
+        acc = acc * fade[:, None] + tl.load(places, mask=there, other=0.0).to(ACC) * weight[:, None]
+        total = total * fade + weight
+    share = 1.0 / tl.where(total > 0, total, 1.0)
+    acc *= share[:, None]
+    store_row(levels, batch, head, heads, row, length, level, ROWS)
+    store_row(shares, batch, head, heads, row, length, share, ROWS)
     store_tile(out, (out_b, out_h, out_n, out_d), batch, head, row, 0, length, acc, ROWS, BLOCK_M, M, False)

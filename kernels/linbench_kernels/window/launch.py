@@ -57,11 +57,11 @@ def forward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o, and log2 of the sums of all weights of its rows."""
+    """o, and of its rows the level of the largest weight and its share, ``[2, B, H, N]``."""
     batch, heads, length, _ = q.shape
     numbers = arithmetic(q.dtype, arch_of(q))
     out = result(q, v)
-    logs = q.new_empty(q.shape[:3], dtype=numbers.state)
+    scales = q.new_empty(2, *q.shape[:3], dtype=numbers.state)
     form = chosen("forward", numbers, q, v)
     if q.numel():
         forward_kernel[(triton.cdiv(length, form.rows) * batch * heads,)](
@@ -69,7 +69,7 @@ def forward(
             k,
             v,
             out,
-            logs,
+            *scales,
             beside,
             small(beside_logs),
             *q.stride(),
@@ -84,7 +84,7 @@ def forward(
             0 if beside is None else length - beside.shape[2],
             **settings(form, numbers, q, v, scale, causal),
         )
-    return out, logs
+    return out, scales
 
 
 def backward(
@@ -93,7 +93,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    logs: Tensor,
+    scales: Tensor,
     beside: Tensor | None,
     beside_logs: Tensor | None,
     window: int,
@@ -108,7 +108,7 @@ def backward(
     logs_grad = None
     if beside_logs is not None:
         logs_grad = beside_logs.new_empty(beside_logs.shape, dtype=numbers.state)
-    delta = torch.empty_like(logs)
+    delta = torch.empty_like(scales[0])
     if q.numel():
         form = chosen("queries", numbers, q, v)
         queries_kernel[(triton.cdiv(length, form.rows) * batch * heads,)](
@@ -117,7 +117,7 @@ def backward(
             v,
             out,
             out_grad,
-            logs,
+            *scales,
             delta,
             q_grad,
             beside,
@@ -145,7 +145,7 @@ def backward(
             k,
             v,
             out_grad,
-            logs,
+            *scales,
             delta,
             k_grad,
             v_grad,
@@ -171,7 +171,15 @@ def reach(window: int, q: Tensor, k: Tensor) -> int:
     return min(window, max(q.shape[2], k.shape[2]))
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Tensor | None, scale: float) -> Tensor:
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beside: Tensor | None,
+    beside_logs: Tensor | None,
+    scale: float,
+    without: int | None = None,
+) -> Tensor:
     """One query: o ``[B, H, M]``."""
     batch, heads, key_dim = q.shape
     value_dim = v.shape[-1]
@@ -190,6 +198,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Te
             *((0, 0, 0) if beside is None else beside.stride()),
             heads,
             k.shape[2],
+            -1 if without is None else without,
             scale=scale,
             D=key_dim,
             M=value_dim,

@@ -59,12 +59,14 @@ def step(
     v: Tensor,
     *,
     scale: float | None = None,
+    without: int | None = None,
     beside: Tensor | None = None,
     beside_logs: Tensor | None = None,
 ) -> Tensor:
     """One query of :func:`attention` ``[B, H, D]`` and the keys ``[B, H, n, D]`` and values that are in its window.
 
-    In any order, as a ring has them; ``beside`` is ``[B, H, M]`` and ``beside_logs`` ``[B, H]``. Gives o ``[B, H, M]``.
+    In any order, as a ring has them; ``without`` is the number of one that has left. ``beside`` is ``[B, H, M]`` and
+    ``beside_logs`` ``[B, H]``. Gives o ``[B, H, M]``.
 
     Raises:
         ValueError: as in :func:`attention`.
@@ -77,7 +79,7 @@ def step(
         None if beside_logs is None else beside_logs[:, :, None],
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = step_op(q, k, v, beside, beside_logs, float(scale))
+    out: Tensor = step_op(q, k, v, beside, beside_logs, float(scale), without)
     return out
 
 
@@ -135,7 +137,7 @@ def _(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     precise = torch.promote_types(q.dtype, torch.float32)
-    return launch.result(q, v), q.new_empty(q.shape[:3], dtype=precise)
+    return launch.result(q, v), q.new_empty((2, *q.shape[:3]), dtype=precise)
 
 
 @torch.library.custom_op("linbench::window_attention_backward", mutates_args=())
@@ -145,7 +147,7 @@ def backward_op(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    logs: Tensor,
+    scales: Tensor,
     beside: Tensor | None,
     beside_logs: Tensor | None,
     window: int,
@@ -153,7 +155,7 @@ def backward_op(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`~linbench_kernels.window.launch.backward` as an operator of torch."""
-    return launch.backward(out_grad, q, k, v, out, logs, beside, beside_logs, window, scale, causal)
+    return launch.backward(out_grad, q, k, v, out, scales, beside, beside_logs, window, scale, causal)
 
 
 @backward_op.register_fake
@@ -163,7 +165,7 @@ def _(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    logs: Tensor,
+    scales: Tensor,
     beside: Tensor | None,
     beside_logs: Tensor | None,
     window: int,
@@ -184,11 +186,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, out_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, out, logs, beside, beside_logs = ctx.saved_tensors
+    q, k, v, out, scales, beside, beside_logs = ctx.saved_tensors
     if out_grad is None:
         return (None,) * 8
     options = (ctx.window, ctx.scale, ctx.causal)
-    grads = backward_op(out_grad, q, k, v, out, logs, beside, beside_logs, *options)
+    grads = backward_op(out_grad, q, k, v, out, scales, beside, beside_logs, *options)
     return *grads[:3], *((None, None) if beside is None else grads[3:]), None, None, None
 
 
@@ -196,11 +198,27 @@ attention_op.register_autograd(_backward, setup_context=_setup)
 
 
 @torch.library.custom_op("linbench::window_step", mutates_args=())
-def step_op(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Tensor | None, scale: float) -> Tensor:
+def step_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beside: Tensor | None,
+    beside_logs: Tensor | None,
+    scale: float,
+    without: int | None = None,
+) -> Tensor:
     """:func:`~linbench_kernels.window.launch.step` as an operator of torch."""
-    return launch.step(q, k, v, beside, beside_logs, scale)
+    return launch.step(q, k, v, beside, beside_logs, scale, without)
 
 
 @step_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Tensor | None, scale: float) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beside: Tensor | None,
+    beside_logs: Tensor | None,
+    scale: float,
+    without: int | None = None,
+) -> Tensor:
     return v.new_empty((*q.shape[:2], v.shape[-1]))
