@@ -164,8 +164,9 @@ function spectrum(panel, look) {
   }];
   for (const [series, own] of bySeries(shownEntries(panel))) {
     traces.push(trace(own, {
-      mode: "lines", x: own.map((entry) => entry[3][0]), y: own.map((entry) => at(entry[2][0])),
+      mode: "lines+markers", x: own.map((entry) => entry[3][0]), y: own.map((entry) => at(entry[2][0])),
       line: { color: look.of(series), width: 1.8, dash: data.series[series].dash },
+      marker: { ...mark(series, look.of(series), 6), maxdisplayed: 9 },
     }));
   }
   return { traces, layout: { xaxis: axis(x, look), yaxis: axis(y, look) } };
