@@ -84,11 +84,12 @@ def test_a_map_is_kept_where_half_of_the_shared_memory_holds_it() -> None:
         return kept_rows(dataclasses.replace(PERFORMER, **changed))
 
     assert rows() == 128  # and what rounding takes from it: 128 KiB
-    assert rows(maps=2) == 32
-    assert rows(key_dim=256) == 64
+    assert rows(maps=2) == 64
+    assert rows(key_dim=256) == 128
     assert rows(feature="softmaxes", maps=2) == 128
-    assert rows(feature="softmaxes", maps=2, arch="sm_80") == 32
-    assert rows(operand_bytes=4) == 32
+    assert rows(feature="softmaxes", maps=2, arch="sm_80") == 64
+    assert rows(operand_bytes=4) == 64
+    assert rows(operand_bytes=4, kernel="keys") == 32
     assert rows(key_dim=256, projections=64) == 256
     assert not config(dataclasses.replace(PERFORMER, maps=2)).tma
 

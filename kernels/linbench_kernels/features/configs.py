@@ -65,9 +65,13 @@ class Task:
 
     @property
     def map_bytes(self) -> int:
-        """Of shared memory for every row of all W; tf32x3 splits each in two, and bf16 those of exponents."""
+        """Of shared memory for every row of all W.
+
+        tf32x3 splits each in two, and bf16 those of exponents; on the way back tf32 needs a transposed one as well.
+        """
         split = self.operand_bytes == 4 or (self.operand_bytes == 2 and self.feature in LEVELLED)
-        return self.maps * (1 + split) * block(self.projections) * self.operand_bytes
+        back = self.operand_bytes == 4 and self.kernel in BACK
+        return self.maps * (1 + split) * (1 + back) * block(self.projections) * self.operand_bytes
 
 
 def feature_width(feature: str, projections: int) -> int:
@@ -112,12 +116,9 @@ def config(task: Task) -> Tiles:
 
 
 def kept_rows(task: Task) -> int:
-    """``depth``: all rows where they leave half of the shared memory or more, else as many as fit a quarter of it."""
-    shared = SHARED_BYTES.get(task.arch, LEAST_SHARED_BYTES)
-    rows = block(task.key_dim)
-    if rows * task.map_bytes <= shared // 2:
-        return rows
-    while rows > 16 and rows * task.map_bytes > shared // 4:
+    """``depth``: all rows of W where half of the shared memory holds them, else as many as it does."""
+    shared, rows = SHARED_BYTES.get(task.arch, LEAST_SHARED_BYTES), block(task.key_dim)
+    while rows > 16 and rows * task.map_bytes > shared // 2:
         rows //= 2
     return rows
 

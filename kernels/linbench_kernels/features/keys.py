@@ -152,7 +152,9 @@ def keys_kernel(
         if before_level is not None:
             first_level = tl.maximum(tl.load(before_level + index).to(ACC), LOWEST)
     if map_grad is not None:
-        weight_grad = tl.zeros([BLOCK_P, BLOCK_D], dtype=ACC)
+        map_grad += (part * (tl.num_programs(0) // BLOCKS).to(tl.int64) + index) * D * P
+        if DEPTH == BLOCK_D:
+            weight_grad = tl.zeros([BLOCK_P, BLOCK_D], dtype=ACC)
     first_block = (part == 0).to(ACC)  # whose column the normaliser is
     inner = tl.arange(0, CHUNK)
     visible = inner[:, None] >= inner[None, :]
@@ -248,6 +250,7 @@ def keys_kernel(
             acc_two,
             k_grad_tiles,
             k_grad_steps,
+            map_grad,
             row,
             start,
             tokens,
@@ -266,7 +269,7 @@ def keys_kernel(
             PRECISION,
             TMA,
         )
-        if map_grad is not None:
+        if map_grad is not None and DEPTH == BLOCK_D:
             x_rows = operand(k_tile, OPERAND)
             weight_grad = tl.dot(y_grad, x_rows, weight_grad, input_precision=PRECISION, out_dtype=ACC)
 
@@ -285,8 +288,6 @@ def keys_kernel(
             sums_two += tl.sum(queries_two.to(ACC) * normaliser[None, :], 1)
             state_two = tl.dot(queries_two, written, state_two, input_precision=PRECISION, out_dtype=ACC)
 
-    if map_grad is not None:
-        sequences = (tl.num_programs(0) // BLOCKS).to(tl.int64)
-        map_grad += (part * sequences + index) * D * P
+    if map_grad is not None and DEPTH == BLOCK_D:
         inside = (ps < P)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
         tl.store(places(map_grad, (1, P), 0, 0, BLOCK_P, BLOCK_D), weight_grad, mask=inside)

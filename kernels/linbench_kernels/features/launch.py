@@ -229,7 +229,8 @@ class Parts:
         self.map_gradient = None
         if maps[0] is not None and learns:
             shape = (self.count, sequences, heads, key_dim, maps[0].shape[-1])
-            self.map_gradient = x.new_empty(shape, dtype=numbers.state)
+            made = x.new_empty if self.chosen.depth >= key_dim else x.new_zeros  # parts are added to what is there
+            self.map_gradient = made(shape, dtype=numbers.state)
 
     def summed(self) -> Tensor:
         """The gradient, in the layout and dtype of what it belongs to."""

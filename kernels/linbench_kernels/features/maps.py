@@ -233,6 +233,7 @@ def pulled_back(
     second_grad,
     x_grad,
     x_grad_steps,
+    map_grad,
     row,
     start,
     length,
@@ -258,6 +259,8 @@ def pulled_back(
 
     Args:
         x_grad: where it goes, a descriptor where TMA; other arguments are those of :func:`featured`.
+        map_grad: ``[D, P]`` or None: where W is read in parts, its gradient is too much for registers as well, and what
+            the tile adds to it is added there.
     """
     LONG: tl.constexpr = FEATURE == "fourier" or (KEYS and (FEATURE == "positive" or FEATURE == "hyperbolic"))
     if FEATURE == "turned" or FEATURE == "unit":
@@ -310,4 +313,11 @@ def pulled_back(
                 if LONG:
                     product -= tl.trans(part * inverse[:, None] * along[:, None])
                 store_placed(x_grad, x_grad_steps, row, column, length, tl.trans(product), ROWS, DEPTH, D, False)
+                if map_grad is not None:
+                    inside = (tl.arange(0, BLOCK_P) < P)[:, None] & (column + tl.arange(0, DEPTH) < D)[None, :]
+                    grad_places = places(map_grad, (1, P), 0, column, BLOCK_P, DEPTH)
+                    before = tl.load(grad_places, mask=inside, other=0.0)
+                    columns = operand(part, OPERAND)
+                    product = tl.dot(y_grad, columns, before, input_precision=PRECISION, out_dtype=ACC)
+                    tl.store(grad_places, product, mask=inside)
     return y_grad
