@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from linbench_kernels import log_linear, window
+from linbench_kernels import log_linear, second_order, window
 from oracle import relative
 from packing import borders
 from torch import Tensor
@@ -71,3 +71,40 @@ def test_windows_end_with_their_sequence(causal: bool, dtype: torch.dtype, devic
     x["beside"] = normal(5, 1, 2, sum(LENGTHS), 12).to(device, dtype)
     x["beside_logs"] = normal(6, 1, 2, sum(LENGTHS)).to(device, torch.promote_types(dtype, torch.float32))
     assert_packed_is_apart(window.attention, x, TOLERANCE[dtype], window=19, causal=causal)
+
+
+@DTYPES
+def test_the_polynomial_has_a_state_for_every_sequence(dtype: torch.dtype, device: torch.device) -> None:
+    """The state that comes out is seen through the sequence that goes on from it."""
+    x = drawn(device, dtype, key_dim=9, value_dim=12)
+    assert_packed_is_apart(rows_of_the_polynomial, x, TOLERANCE[dtype])
+    packing = borders(LENGTHS, device)
+    _, _, states = second_order.attention(**x, scale=0.3, return_state=True, **packing)
+    assert states is not None
+    out, logs, after = second_order.attention(**x, scale=0.3, initial_state=states, return_state=True, **packing)
+    twice = [{name: torch.cat((tensor, tensor), 2).to(device) for name, tensor in part.items()} for part in each(x)]
+    for result, found in enumerate((out, logs)):
+        right = [second_order.attention(**part, scale=0.3)[result] for part in twice]
+        expected = torch.cat([tensor[:, :, tensor.shape[2] // 2 :] for tensor in right], 2)
+        assert relative(found, expected.cpu()) <= TOLERANCE[dtype]
+    assert after is not None
+    assert relative(after, (2 * states).cpu().double()) <= TOLERANCE[dtype]
+
+
+def rows_of_the_polynomial(**x: Tensor) -> Tensor:
+    return second_order.attention(**x, scale=0.3)[0]
+
+
+@DTYPES
+def test_near_and_far_keys_of_packed_sequences(dtype: torch.dtype, device: torch.device) -> None:
+    """As based has them: queries lag behind the keys of the polynomial, and sequences that are shorter have no row."""
+    x = drawn(device, dtype, key_dim=9, value_dim=12)
+    assert_packed_is_apart(near_and_far, x, TOLERANCE[dtype])
+
+
+def near_and_far(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """A window of 30, and the polynomial of the other keys where there are any."""
+    if cu_seqlens is None and q.shape[2] <= 30:
+        return window.attention(q, k, v, window=30)
+    beside, logs, _ = second_order.attention(q, k, v, scale=0.3, delay=30, cu_seqlens=cu_seqlens)
+    return window.attention(q, k, v, window=30, beside=beside, beside_logs=logs, cu_seqlens=cu_seqlens)
