@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linbench_kernels.additive.launch import sequences_of
 from linbench_kernels.additive.operator import check, check_packing, expect
 from linbench_kernels.second_order import launch
 from linbench_kernels.second_order.configs import WIDEST_KEY
@@ -118,7 +119,7 @@ def _(
     batch, heads, length, key_dim = q.shape
     precise = torch.promote_types(q.dtype, torch.float32)
     delay = delay if cu_seqlens is None else 0
-    shape = (launch.sequences_of(q, cu_seqlens), heads, launch.state_rows(key_dim), v.shape[-1] + 1)
+    shape = (sequences_of(q, cu_seqlens), heads, launch.state_rows(key_dim), v.shape[-1] + 1)
     state = q.new_empty(shape, dtype=precise) if keep_state else q.new_empty(0)
     logs = q.new_empty((batch, heads, length - delay), dtype=precise)
     return torch.empty_like(v[:, :, : length - delay]), logs, state
