@@ -93,6 +93,7 @@ def run(config: DictConfig, command: str) -> int:
     from linbench.execution import execute
     from linbench.hydra_front import checked
     from linbench.progress import SweepProgress, duration
+    from linbench.refining import refined
     from linbench.report.rounds import sentence
     from linbench.runner import Runner
     from linbench.store import read_all
@@ -103,10 +104,15 @@ def run(config: DictConfig, command: str) -> int:
     try:
         with Runner() as runner:
             plan = prepare(asked, runner)
-            _announce(plan, "cells", len(plan.pending), len(plan.finished))
-            if plan.pending or plan.repeated:
-                with SweepProgress(plan.pending, plan.repeated) as progress:
-                    execute(plan, runner, command, progress)
+            for bisections_left in range(asked.crossover.bisections, -1, -1):
+                _announce(plan, "cells", len(plan.pending), len(plan.finished))
+                if plan.pending or plan.repeated:
+                    with SweepProgress(plan.pending, plan.repeated) as progress:
+                        execute(plan, runner, command, progress)
+                before = plan
+                plan = refined(before, runner) if bisections_left else before
+                if plan is before:
+                    break
     except KeyboardInterrupt:
         return _stopped(command)
     records = plan.records

@@ -175,6 +175,7 @@ def results_files(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
+@_no_collection()
 def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
     """Read several files: their runs, and the newest record of every cell on every machine, oldest first.
 
@@ -183,8 +184,7 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
     runs: list[Run] = []
     newest: dict[tuple[str, str], Record] = {}
     rounds: list[tuple[str, Round]] = []
-    with _no_collection():
-        contents = sorted((read(path) for path in paths), key=lambda contents: contents.run.time)
+    contents = sorted((read(path) for path in paths), key=lambda contents: contents.run.time)
     for run, records, again, _ in contents:
         runs.append(run)
         for record in records:

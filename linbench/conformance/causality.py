@@ -179,7 +179,7 @@ def _token(x: Operands, token: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def tensors_of(state: Any) -> list[Tensor]:
-    """Every tensor in a nest of tuples, lists, dictionaries and dataclasses, each once; or ``held()`` of it."""
+    """Every tensor in a nest of tuples, lists, dictionaries and dataclasses, each once; of ``held()`` where it is."""
     found: dict[int, Tensor] = {}
     waiting = [state]
     while waiting:

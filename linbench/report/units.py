@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 from linbench.stats import Estimate
 
@@ -11,6 +12,22 @@ _TIME_UNITS = (("s", 1e3), ("ms", 1.0), ("µs", 1e-3), ("ns", 1e-6))
 _BYTE_UNITS = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0))
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MISSING = "–"
+
+
+class Bounded(Protocol):
+    """A value with its interval."""
+
+    @property
+    def value(self) -> float:
+        """In the unit of both bounds."""
+
+    @property
+    def low(self) -> float:
+        """Lower bound."""
+
+    @property
+    def high(self) -> float:
+        """Upper bound."""
 
 
 def tokens(length: int) -> str:
@@ -64,6 +81,11 @@ def interval(estimate: Estimate, words: Callable[[float], str]) -> str:
     if estimate.low == estimate.high:
         return words(estimate.value)
     return f"{words(estimate.value)} [{words(estimate.low)}, {words(estimate.high)}]"
+
+
+def near_one(ratio: Bounded | None) -> str:
+    """``1.012 [0.998, 1.026]``: a ratio of which the thousandths count, with its interval; empty without one."""
+    return "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
 def error(value: float) -> str:

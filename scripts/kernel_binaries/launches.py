@@ -107,8 +107,8 @@ class _Allocations(TorchDispatchMode):
         return result
 
 
-def recorded(arch: str, wrapper: Callable[..., Any], *operands: Any, **options: Any) -> Call:
-    """One call of a wrapper that believes to run on ``arch`` and launches nothing."""
+def recorded(arch: str, multiprocessors: int, wrapper: Callable[..., Any], *operands: Any, **options: Any) -> Call:
+    """One call of a wrapper that believes to run on so many multiprocessors of ``arch``, and launches nothing."""
     kept: list[Launch] = []
 
     def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -123,8 +123,9 @@ def recorded(arch: str, wrapper: Callable[..., Any], *operands: Any, **options: 
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(KernelInterface, "__getitem__", launcher))
         for module in [module for name, module in sys.modules.items() if name.startswith(f"{PACKAGE}.")]:
-            if hasattr(module, "architecture"):
-                patches.enter_context(mock.patch.object(module, "architecture", return_value=arch))
+            for name, value in (("architecture", arch), ("multiprocessors", multiprocessors)):
+                if hasattr(module, name):
+                    patches.enter_context(mock.patch.object(module, name, return_value=value))
         allocations = patches.enter_context(_Allocations())
         results = wrapper(*operands, **options)
     results = results if isinstance(results, tuple) else (results,)

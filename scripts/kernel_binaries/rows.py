@@ -14,8 +14,8 @@ from kernel_binaries.launches import Allocation, Call, Launch, recorded
 
 BATCH, HEADS, LENGTH = 8, 16, 8192
 """Only sizes, strides and bytes follow from these: a binary does not."""
-H200_BYTES_PER_S = 4.3e12
-"""Of a copy; for predictions only."""
+H200_BYTES_PER_S = 4.8e12
+"""NVIDIA, H200 Tensor Core GPU, datasheet; for predictions only. Copies reach some nine tenths of it."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -50,17 +50,24 @@ class _Found:
     calls: list[Call]
 
 
-def costs(arch: str, dtype: str, width: int, asked: Iterable[Asked]) -> Iterator[dict[str, Any]]:
-    """One object for every binary at D = M = ``width``; mechanisms that launch the same one in a pass share it."""
+def costs(
+    arch: str, dtype: str, width: int, asked: Iterable[Asked], form: str = "dense", multiprocessors: int = 1
+) -> Iterator[dict[str, Any]]:
+    """One object for every binary at D = M = ``width``; mechanisms that launch the same one in a pass share it.
+
+    Args:
+        form: how the calls come: dense, with heads enough to fill a device, or else.
+        multiprocessors: of the device; one is always full.
+    """
     found: dict[tuple[Any, ...], _Found] = {}
     for one in asked:
-        call = recorded(arch, one.wrapper, *one.operands, **one.options)
+        call = recorded(arch, multiprocessors, one.wrapper, *one.operands, **one.options)
         for launch in call.launches:
             entry = found.setdefault((one.pass_, *launch.binary), _Found(launch, [], []))
             entry.asked.append(one)
             entry.calls.append(call)
     for entry in found.values():
-        yield _described(arch, dtype, width, entry)
+        yield {**_described(arch, dtype, width, entry), "form": form}
 
 
 def _described(arch: str, dtype: str, width: int, entry: _Found) -> dict[str, Any]:

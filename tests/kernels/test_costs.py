@@ -99,6 +99,21 @@ def test_what_breaks_a_budget(changed: dict[str, Any], reason: str | None, costs
     assert found is None if reason is None else reason in found
 
 
+def test_a_pass_is_predicted_from_all_that_its_kernels_move(costs: ModuleType) -> None:
+    row = {"arch": "sm_90", "dtype": "bfloat16", "triton": PINNED, "key_dim": 64, "mechanisms": ["one", "two"]}
+    forward = {**row, "pass": "forward", "moved_tensors": 4, "predicted_h200_ms": 0.5}
+    backward = {**row, "pass": "backward", "moved_tensors": 10, "predicted_h200_ms": 1.25}
+    more = {**backward, "moved_tensors": 2.5, "predicted_h200_ms": 0.25, "mechanisms": ["two"]}
+    others = [{**forward, "arch": "sm_80"}, {**forward, "dtype": "float32"}, {**forward, "moved_tensors": None}]
+    title, *lines, _ = costs.table.predictions([forward, backward, more, *others])
+    assert "none of them measured" in title
+    assert lines == [
+        "| one | 64 | 4 | 0.500 | 10 | 1.250 | 14 | 1.750 |\n",
+        "| two | 64 | 4 | 0.500 | 12.5 | 1.500 | 16.5 | 2.000 |\n",
+    ]
+    assert costs.table.predictions(others) == []
+
+
 def test_a_scan_of_the_additive_family_keeps_little_beside_its_results(costs: ModuleType) -> None:
     """Numbers per token alone, in a share of one tensor: a state for every chunk would be twice a tensor."""
     sizes = importlib.import_module("kernel_binaries.rows")

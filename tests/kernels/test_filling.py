@@ -52,23 +52,24 @@ def test_fewer_heads_get_narrower_blocks_and_then_segments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "decay", "extra", "aligned", "expected"),
+    ("width", "decay", "mapped", "aligned", "expected"),
     [
         (128, "none", False, True, True),
-        (128, "head", False, True, False),
-        (64, "token", False, True, True),
-        (64, "none", True, True, False),
+        (128, "token", False, True, True),
+        (128, "none", True, True, True),
+        (64, "head", True, True, False),
         (64, "none", False, False, False),
         (256, "none", False, True, False),
     ],
 )
 def test_keys_and_values_share_a_scan_where_registers_suffice(
-    width: int, decay: str, extra: bool, aligned: bool, expected: bool
+    width: int, decay: str, mapped: bool, aligned: bool, expected: bool
 ) -> None:
-    assert joint(Task("backward", "sm_90", 2, width, width, decay, extra, aligned)) is expected
-    assert not joint(Task("backward", "sm_80", 2, width, width, decay, extra, aligned))
-    assert not joint(Task("backward", "sm_90", 4, width, width, decay, extra, aligned))
-    assert not joint(Task("forward", "sm_90", 2, width, width, decay, extra, aligned))
+    rest = (width, width, decay, mapped, aligned, mapped)
+    assert joint(Task("backward", "sm_90", 2, *rest)) is expected
+    assert not joint(Task("backward", "sm_80", 2, *rest))
+    assert not joint(Task("backward", "sm_90", 4, *rest))
+    assert not joint(Task("forward", "sm_90", 2, *rest))
 
 
 @pytest.mark.parametrize(("length", "segments"), [(1, 1), (511, 1), (512, 2), (8192, 30), (10**6, 30)])

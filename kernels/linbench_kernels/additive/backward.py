@@ -31,6 +31,7 @@ def backward_kernel(
     q_dots,
     k_dots,
     weight_dots,
+    own_dots,
     before,
     after_grad,
     before_grad,
@@ -98,15 +99,17 @@ def backward_kernel(
 ):
     """Grid (S·H · segments · parts,), see the table of ``scan``: the blocks of columns of dq, of dk and of dv.
 
-    JOINT, one program makes dk and dv, all columns of them; without features, ``entering``, normaliser and dots.
+    JOINT, one program makes dk and dv, all columns of them.
 
     SEGMENTED, ``before`` and ``after_grad`` are ``[segments, S, H, D, M]``, and ``before_grad`` is None.
 
     Args:
         q_grad: of every head of v, ``[B, H, N, D]``, as ``k_grad``, though ``group`` of them have one of q and k.
         reciprocals: of the divisors of the rows, ``[B, H, N]``; with ``delta`` = −⟨do, o⟩, when NORMALISED.
-        q_dots: ``[blocks of key columns, B, H, N]`` or None, for the gradient of the decays; ``k_dots`` the same.
+        q_dots: ``[blocks of key columns, B, H, N]`` or None, for the gradient of the decays; ``k_dots`` the same, one
+            block when JOINT.
         weight_dots: the same, for the gradient of the weights with which tokens enter; with ``k_dots`` only.
+        own_dots: v·do, ``[B, H, N]``, for the gradient of the skip, or None.
         met: ⟨S, dS⟩ at the ends of segments, as ``[blocks of key columns, S·H, segments]``, or None.
     """
     KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
@@ -136,6 +139,14 @@ def backward_kernel(
         entering += number
     if skip is not None:
         skip += head
+    if q_dots is not None:
+        q_dots += number
+    if k_dots is not None:
+        k_dots += number
+    if weight_dots is not None:
+        weight_dots += number
+    if own_dots is not None:
+        own_dots += number
     if NORMALISED:
         reciprocals += number
         delta += number
@@ -152,7 +163,7 @@ def backward_kernel(
     if part < KEY_BLOCKS:
         dots = q_dots
         if q_dots is not None:
-            dots += part * numbers + number
+            dots += part * numbers
         meeting, met_place = after_grad, met
         if met is None:
             meeting = None
@@ -176,6 +187,7 @@ def backward_kernel(
             delta,
             None,
             dots,
+            None,
             None,
             before,
             (before_m, before_d),
@@ -220,7 +232,13 @@ def backward_kernel(
             placed(v_grad, (v_grad_b, v_grad_h, v_grad_n), batch, head, first),
             (v_grad_n, v_grad_d),
             log_decay,
+            entering,
             skip,
+            reciprocals,
+            delta,
+            k_dots,
+            weight_dots,
+            own_dots,
             after_grad,
             (after_grad_d, after_grad_m),
             before_grad,
@@ -233,18 +251,21 @@ def backward_kernel(
             CHUNK,
             STAGES,
             DECAY,
+            FEATURE,
+            NORMALISED,
             OPERAND,
             ACC,
             PRECISION,
+            SPLIT,
             TMA,
         )
     elif part < 2 * KEY_BLOCKS:
         dots = k_dots
         if k_dots is not None:
-            dots += (part - KEY_BLOCKS) * numbers + number
+            dots += (part - KEY_BLOCKS) * numbers
         whole = weight_dots
         if weight_dots is not None:
-            whole += (part - KEY_BLOCKS) * numbers + number
+            whole += (part - KEY_BLOCKS) * numbers
         scan(
             v,
             v_steps,
@@ -264,6 +285,7 @@ def backward_kernel(
             None,
             dots,
             whole,
+            own_dots,
             after_grad,
             (after_grad_m, after_grad_d),
             before_grad,
@@ -308,6 +330,7 @@ def backward_kernel(
             entering,
             reciprocals,
             skip,
+            None,
             None,
             None,
             None,

@@ -99,6 +99,8 @@ class Task:
     """Features, a normaliser, weights of tokens or a gradient of the decays: more than products and decays."""
     aligned: bool
     """Whether descriptors can describe q, k, v and what goes with them."""
+    mapped: bool = False
+    """Whether q and k go through features, or rows through a normaliser."""
 
 
 @functools.cache
@@ -134,20 +136,20 @@ def _with_descriptors(task: Task, width: int) -> Config:
     """Hopper and later; on Blackwell never more than four warps, with which Triton before 3.8 races."""
     tma = task.aligned
     light = task.decay == "none" and not task.extra
-    if width <= 64:
-        if task.pass_ == "backward" and task.extra and task.decay == "token":
-            return Config(chunk=64, columns=32, warps=4, stages=2, tma=tma)
-        stages = 3 if light and tma and task.pass_ == "forward" else 2
-        return Config(chunk=64, columns=64, warps=4, stages=stages, tma=tma)
+    backward = task.pass_ == "backward"
     if width > 128:
         return Config(chunk=32, columns=32, warps=8, stages=2, tma=tma)
-    if task.extra and (task.decay != "none" or task.pass_ == "backward"):
+    if joint(task):
+        return Config(chunk=64, columns=64, warps=4 if width <= 64 else 8, stages=2, tma=tma)
+    heavy = backward and task.decay == "token" if width <= 64 else backward or task.decay != "none"
+    if task.extra and heavy:
         return Config(chunk=64, columns=32, warps=4, stages=2, tma=tma)
+    if width <= 64:
+        return Config(chunk=64, columns=64, warps=4, stages=3 if light and tma and not backward else 2, tma=tma)
     if task.arch.startswith("sm_10"):
-        columns = 64 if task.pass_ == "forward" or light else 32
+        columns = 64 if light or not backward else 32
         return Config(chunk=32 if task.extra else 64, columns=columns, warps=4, stages=2, tma=tma)
-    few = task.pass_ == "forward" and not task.extra
-    return Config(chunk=64, columns=64, warps=4 if few else 8, stages=2, tma=tma)
+    return Config(chunk=64, columns=64, warps=8 if backward or task.extra else 4, stages=2, tma=tma)
 
 
 def _wide_operands(task: Task, width: int) -> Config:
@@ -166,10 +168,11 @@ CHUNKS_OF_A_SEGMENT = 4
 def joint(task: Task) -> bool:
     """Whether dk and dv are made in one scan: 10 U in all for 12, where a whole state leaves registers enough.
 
-    Decays at a width of 128 would spill 156 bytes, and with a gradient of theirs 1,392.
+    Features or a normaliser beside decays are left to the separate scans: no mechanism asks for both.
     """
-    width = max(block(task.key_dim), block(task.value_dim))
-    if task.pass_ == "forward" or task.extra or width > (128 if task.decay == "none" else 64):
+    if task.pass_ == "forward" or max(block(task.key_dim), block(task.value_dim)) > 128:
+        return False
+    if task.mapped and task.decay != "none":
         return False
     return task.arch == "interpreter" or (task.arch == "sm_90" and task.operand_bytes == 2 and task.aligned)
 

@@ -106,6 +106,7 @@ def forward_kernel(
         divisors,
         None,
         None,
+        None,
         before,
         (before_d, before_m),
         after,

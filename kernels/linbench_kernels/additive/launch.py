@@ -164,8 +164,10 @@ def backward(
         return q.new_empty(blocks, batch, heads, length, dtype=numbers.state)
 
     q_dots = per_token(key_blocks) if decay_grad else None
-    k_dots = per_token(key_blocks) if decay_grad or entering is not None else None
-    weight_dots = per_token(key_blocks) if entering is not None else None
+    k_blocks = 1 if plan.joint else key_blocks
+    k_dots = per_token(k_blocks) if decay_grad or entering is not None else None
+    weight_dots = per_token(k_blocks) if entering is not None else None
+    own_dots = None if skip is None else q.new_empty(batch, heads, length, dtype=numbers.state)
     met = None
     if decay_grad and state_grad is not None:
         met = q.new_empty(key_blocks, sequences * heads, plan.segments, dtype=numbers.state)
@@ -203,6 +205,7 @@ def backward(
             q_dots,
             k_dots,
             weight_dots,
+            own_dots,
             before,
             after_grad,
             before_grad_out,
@@ -248,8 +251,8 @@ def backward(
         log_decay_grad = log_decay_grad.to(log_decay.dtype)
     if entering is not None and weight_dots is not None:
         entering_grad = weight_dots.sum(0).to(entering.dtype)
-    if skip is not None:
-        skip_grad = row_dots(v, out_grad, numbers).sum((0, 2)).neg().to(skip.dtype)
+    if skip is not None and own_dots is not None:
+        skip_grad = own_dots.sum((0, 2)).to(skip.dtype)
     if before_grad is not None and initial_state is not None:
         state_result = before_grad.to(initial_state.dtype)
     q_grad, k_grad = of_groups(q_grad, q), of_groups(k_grad, k)
@@ -309,7 +312,7 @@ def decay_gradient(
     met: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """``[B, H, N]``, from dots ``[blocks, B, H, N]``."""
+    """``[B, H, N]``, from dots ``[blocks, B, H, N]``, of k perhaps fewer blocks."""
     blocks, batch, heads, length = q_dots.shape
     gradient = torch.empty_like(q_dots[0])
     decay_gradient_kernel[(sequences_of(gradient, cu_seqlens) * heads,)](
@@ -323,7 +326,8 @@ def decay_gradient(
         heads,
         length,
         batch,
-        BLOCKS=blocks,
+        Q_BLOCKS=blocks,
+        K_BLOCKS=k_dots.shape[0],
         ROWS=1024,
         num_warps=4,
     )
@@ -423,11 +427,12 @@ def planned(
     """How a call is computed and launched; ``tiles`` are q, k, v and all that goes with them."""
     q, v, arch = tiles[0], tiles[2], arch_of(tiles[0])
     numbers = precise_arithmetic(q.dtype, arch) if decay_grad else arithmetic(q.dtype, arch)
-    extra = decay_grad or entering is not None or feature != "identity" or normalised
+    mapped = feature != "identity" or normalised
+    extra = decay_grad or entering is not None or mapped
     operand_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[numbers.operand]
     aligned = all(described(x) for x in tiles)
     widths = (q.shape[-1], v.shape[-1])
-    what = Task(pass_, arch, operand_bytes, *widths, decay_kind(log_decay), extra, aligned)
+    what = Task(pass_, arch, operand_bytes, *widths, decay_kind(log_decay), extra, aligned, mapped)
     return numbers, what, spread(what, v, sequences)
 
 

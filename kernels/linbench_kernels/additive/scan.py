@@ -114,6 +114,7 @@ def scan(
     sums_out,
     dots_out,
     whole_out,
+    own_out,
     before,
     before_steps,
     after,
@@ -157,6 +158,7 @@ def scan(
         dots_out: ``[length]`` or None: Σ over these columns of φ(own) · out, before ``target`` and without s = t: what
             a token has of itself does not fade, and would drown what does.
         whole_out: the same with s = t, or None.
+        own_out: ``[length]`` or None: a_t · b_t.
         before: the state that comes in, ``[K, WIDTH]``, or None; ``after`` the one that leaves.
         meeting: like ``after``; the sum of its products with the state that leaves goes to ``met``, one number.
         SPLIT: what bf16 loses of states, weights and faded rows is multiplied as well. The sums of the dots over all
@@ -194,7 +196,7 @@ def scan(
     else:
         visible = tokens[:, None] >= tokens[None, :]
     chunks = tl.cdiv(length, CHUNK)
-    for index in tl.range(0, chunks, num_stages=STAGES):
+    for index in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         row = index * CHUNK
         if REVERSE:
             row = (chunks - 1 - index) * CHUNK
@@ -240,6 +242,9 @@ def scan(
             weight = load_numbers(source, row, length, CHUNK, ACC)
             scores *= weight[None, :]
         scores = tl.where(visible, scores, 0.0)
+        if own_out is not None:
+            if column == 0:
+                store_numbers(own_out, row, length, tl.sum(tl.where(same, scores, 0.0), 1), CHUNK)
         if dots_out is not None:
             of_itself = tl.sum(tl.where(same, scores, 0.0), 1)
             scores = tl.where(same, 0.0, scores)

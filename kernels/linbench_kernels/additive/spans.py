@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def numbers_of(x, batch, head, heads, length, first, count):
-    """A span of a contiguous ``[B, H, length]``, placed as ``load_row`` looks for it in one of ``count`` tokens."""
+    """Where in a contiguous ``[B, H, length]`` a span of ``count`` lies, as ``load_row`` and ``store_row`` find it."""
     return x + (batch.to(tl.int64) * heads + head) * (length - count) + first
 
 

@@ -88,7 +88,7 @@ def summaries_kernel(
     sums = tl.zeros([BLOCK_D], dtype=ACC)
     faded_so_far = tl.zeros([1], dtype=tl.float64)
     chunks = tl.cdiv(tokens, CHUNK)
-    for step in tl.range(0, chunks, num_stages=STAGES):
+    for step in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         row = step * CHUNK
         if REVERSE:
             row = (chunks - 1 - step) * CHUNK
@@ -110,16 +110,20 @@ def summaries_kernel(
         if DECAY != "none" or source is not None:
             faded = written.to(ACC) * factor[:, None]
             written = operand(faded, OPERAND)
+        if FEATURE == "identity":
+            state = tl.dot(tl.trans(b_tile), written, state, input_precision=PRECISION, out_dtype=ACC)
+        else:  # features come from registers: as an accumulator from chunk to chunk the state would serialise products
+            added = tl.dot(tl.trans(b_tile), written, input_precision=PRECISION, out_dtype=ACC)
+            state = tl.fma(added, tl.full([1, 1], 1.0, dtype=ACC), state)
+        if SPLIT:
+            if DECAY != "none" or source is not None:
+                lost = rest(faded, written, OPERAND)
+                state = tl.dot(tl.trans(b_tile), lost, state, input_precision=PRECISION, out_dtype=ACC)
         if NORMALISED:
             more = factor
             if delta is not None:
                 more *= load_numbers(delta + number, row, tokens, CHUNK, ACC)
             sums += tl.sum(b_tile.to(ACC) * more[:, None], 0)
-        state = tl.dot(tl.trans(b_tile), written, state, input_precision=PRECISION, out_dtype=ACC)
-        if SPLIT:
-            if DECAY != "none" or source is not None:
-                lost = rest(faded, written, OPERAND)
-                state = tl.dot(tl.trans(b_tile), lost, state, input_precision=PRECISION, out_dtype=ACC)
     summaries += place * (D * EXTENDED)
     ks = tl.arange(0, BLOCK_D)
     inside = (ks < D)[:, None] & (column + tl.arange(0, COLUMNS) < M)[None, :]

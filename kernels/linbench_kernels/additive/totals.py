@@ -18,7 +18,8 @@ def decay_gradient_kernel(
     heads,
     length,
     batches,
-    BLOCKS: tl.constexpr,
+    Q_BLOCKS: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """d(log decay)_t = Σ_{s≥t} (q_s·dq_s − k_s·dk_s) + ⟨S_N, dS_N⟩, exact in exact arithmetic.
@@ -27,9 +28,9 @@ def decay_gradient_kernel(
     they say themselves, is that. Grid (S·H,).
 
     Args:
-        q_dots: ``[BLOCKS, B, H, N]``, summed over the first; ``k_dots`` the same.
+        q_dots: ``[Q_BLOCKS, B, H, N]``, summed over the first; ``k_dots`` the same with K_BLOCKS.
         q_weight: ``[B, H, N]`` that the dots have yet to be multiplied by, or None; ``k_weight`` the same.
-        met: ⟨S_N, dS_N⟩, ``[BLOCKS, S·H]``, summed over the first, or None.
+        met: ⟨S_N, dS_N⟩, ``[Q_BLOCKS, S·H]``, summed over the first, or None.
         gradient: ``[B, H, N]``.
         batches: B.
     """
@@ -39,7 +40,7 @@ def decay_gradient_kernel(
     numbers = length.to(tl.int64) * heads * batches
     from_later = tl.zeros([1], dtype=tl.float64)
     if met is not None:
-        for block in tl.static_range(BLOCKS):
+        for block in tl.static_range(Q_BLOCKS):
             from_later += tl.load(met + block * tl.num_programs(0) + index)
     blocks = tl.cdiv(tokens, ROWS)
     for step in range(0, blocks):
@@ -47,8 +48,9 @@ def decay_gradient_kernel(
         inside = rows < tokens
         q_sum = tl.zeros([ROWS], dtype=tl.float64)
         k_sum = tl.zeros([ROWS], dtype=tl.float64)
-        for block in tl.static_range(BLOCKS):
+        for block in tl.static_range(Q_BLOCKS):
             q_sum += tl.load(q_dots + block * numbers + number + rows, mask=inside, other=0.0)
+        for block in tl.static_range(K_BLOCKS):
             k_sum += tl.load(k_dots + block * numbers + number + rows, mask=inside, other=0.0)
         if q_weight is not None:
             q_sum *= tl.load(q_weight + number + rows, mask=inside, other=0.0)

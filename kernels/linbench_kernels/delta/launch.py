@@ -27,6 +27,7 @@ from linbench_kernels.delta.forward import forward_kernel
 from linbench_kernels.delta.gradients import gradients_kernel
 from linbench_kernels.delta.inverse import inverse_kernel
 from linbench_kernels.delta.reverse import reverse_kernel
+from linbench_kernels.delta.slots import sequence_of_slots, slots_of
 from linbench_kernels.delta.states import states_kernel
 from linbench_kernels.delta.step import step_kernel
 
@@ -63,19 +64,13 @@ class Sizes:
 
     @property
     def slots(self) -> int:
-        """Of chunks, see ``slots.py``: ⌈N / C⌉, or with packed sequences some that stay empty."""
-        if self.cu_seqlens is None:
-            return int(triton.cdiv(self.length, self.chunk))
-        return self.length // self.chunk + self.sequences
+        """Of chunks, see ``slots.py``."""
+        return slots_of(self.length, self.chunk, self.cu_seqlens)
 
     @functools.cached_property
     def sequence_of_slot(self) -> Tensor | None:
         """``[slots]``, for packed sequences."""
-        if self.cu_seqlens is None:
-            return None
-        numbers = torch.arange(self.slots, device=self.cu_seqlens.device)
-        firsts = self.cu_seqlens[:-1].long() // self.chunk + numbers[: self.sequences]
-        return torch.searchsorted(firsts, numbers, right=True) - 1
+        return sequence_of_slots(self.length, self.chunk, self.cu_seqlens)
 
     @property
     def programs(self) -> int:

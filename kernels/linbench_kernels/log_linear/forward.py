@@ -54,7 +54,7 @@ def forward_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (sequences · H · blocks of value columns,). Tensors: :func:`linbench_kernels.log_linear.attention`.
+    """Grid (sequences · H · blocks of columns,). Tensors are those of :func:`linbench_kernels.log_linear.attention`.
 
     Args:
         clock: of ``clock_kernel``; ``bits`` in the number of the last chunk.
