@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from linbench_kernels.additive.configs import Config, block
+from linbench_kernels.tables import tuned
 
 KERNELS = ("forward", "queries", "keys")
 FEATURES = ("turned", "unit", "positive", "hyperbolic", "softmaxes", "fourier")
@@ -58,7 +58,7 @@ def widest_map(arch: str) -> int:
     return WIDEST_INTERPRETED if arch == "interpreter" else WIDEST_MAP
 
 
-@functools.cache
+@tuned
 def config(task: Task) -> Config:
     """The configuration of a task: on sm_90 in bf16 the widest tiles that do not spill, where there are such.
 
