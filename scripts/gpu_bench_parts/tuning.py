@@ -1,8 +1,8 @@
 """Would a neighbouring configuration be faster? One number of a table changed at a time, beside what the table has.
 
 A neighbour that is faster is changed again, as long as that helps. What wins is proposed in ``tables.json``, and
-``tuned/ARCH.json`` beside it is the table of that class of devices as ``linbench_kernels/tuned`` has it; nothing is read
-from here: whoever takes it over puts it there, and the costs of its binaries into theirs.
+``tuned/ARCH.json`` beside it is the table of that class of devices as ``linbench_kernels/tuned`` has it. Nothing is
+read from here: whoever takes it over puts it there, and the costs of its binaries into theirs.
 """
 
 from __future__ import annotations
