@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from linbench_kernels.tables import tuned
+
 WIDEST = 256
 """D and M that the kernels take."""
 
@@ -103,7 +105,7 @@ class Task:
     """Whether q and k go through features, or rows through a normaliser."""
 
 
-@functools.cache
+@tuned
 def config(task: Task) -> Config:
     """The configuration of a task: the widest block of columns that compiles without spills and leaves room for two.
 

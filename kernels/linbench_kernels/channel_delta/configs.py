@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from linbench_kernels.additive.configs import Config, block
+from linbench_kernels.tables import tuned
 
 KERNELS = ("prepare", "forward", "reverse", "reading", "writing")
 CHUNK = 16
@@ -29,7 +29,7 @@ class Task:
     """What is removed, what is written for it and the keys are three tensors."""
 
 
-@functools.cache
+@tuned
 def config(task: Task) -> Config:
     """The configuration of a kernel: for sm_90, bf16 and widths up to 128 no scan spills; none has been timed.
 

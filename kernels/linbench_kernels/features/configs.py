@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 
 from linbench_kernels.additive.configs import Config, block, cdiv
+from linbench_kernels.tables import tuned
 
 KERNELS = ("forward", "queries", "keys", "values")
 FEATURES = ("turned", "unit", "positive", "hyperbolic", "softmaxes", "fourier")
@@ -86,7 +87,7 @@ def widest_map(arch: str) -> int:
     return WIDEST_INTERPRETED if arch == "interpreter" else WIDEST_MAP
 
 
-@functools.cache
+@tuned
 def config(task: Task) -> Tiles:
     """The configuration of a task: on sm_90 in bf16 the widest tiles that do not spill.
 
