@@ -25,7 +25,7 @@ from linbench.report.style import INK, PAPER, VARIABLES, Style
 
 WIDTH_POINTS = 360.0
 """Width of a panel."""
-MOST_LINES = 120
+MOST_LINES = 80
 """Series of all panels of a file together: a figure of thousands is none. The page and the CSV have all of them."""
 _TOP, _BOTTOM = 8.0, 24.0
 _TITLE_POINTS = 22.0

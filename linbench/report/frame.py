@@ -6,9 +6,10 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 from linbench.record import Environment, Record, Run
 from linbench.report.settings import hyperparameters_of, inputs_of
@@ -18,6 +19,8 @@ from linbench.stats import pooled_median
 
 def records_frame(records: Sequence[Record], runs: Sequence[Run]) -> pd.DataFrame:
     """One row for each record, in their order. Units are in the column names; what was not measured is empty."""
+    import pandas as pd  # takes a third of a second, which a report does not need
+
     return pd.DataFrame(_rows(records, runs))
 
 

@@ -127,4 +127,4 @@ def _decimals(value: float) -> int:
     if value == 0 or not math.isfinite(value):
         return 0
     # of the rounded value: 9.999 has the decimals of 10.0
-    return max(0, 2 - math.floor(math.log10(float(f"{abs(value):.2e}")) + 1e-9))
+    return max(0, 2 - int(f"{value:.2e}".partition("e")[2]))
