@@ -8,6 +8,7 @@ Registers, stack, spills, shared memory, instructions by class in the longest lo
     scripts/kernel_costs --arch sm_90 --json FILE     one architecture, to a file of your own
     scripts/kernel_costs --family delta --width 64    of one family; in the table the other rows stay
     PYTHONPATH=OTHER_TRITON scripts/kernel_costs --arch sm_90     with another Triton: rows of the others stay
+    scripts/kernel_costs --choose                     the table of sm_90 that kernels take configurations from
     scripts/kernel_costs --check                      only says whether a default breaks its budget; exit code 1 if so
 
 `linbench gate costs` holds what this compiles against the table, and `linbench gate costs --update --reason TEXT` is
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from kernel_binaries import binaries, table
+from kernel_binaries import binaries, choose, table
 from kernel_binaries.budget import over_budget
 from kernel_binaries.rows import DTYPES
 
@@ -59,7 +60,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the objects there, and nothing to results/ without --reason")
     parser.add_argument("--reason", help="why the table changes, kept in the rows whose budgets do")
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--choose", action="store_true", help="write linbench_kernels/tuned/sm_90.json, by binaries")
     options = parser.parse_args()
+    if options.choose:
+        print(choose.write("sm_90"))
+        return 0
     cells = [
         (family, arch, dtype, width)
         for arch in options.arch

@@ -420,6 +420,10 @@ def test_the_summary_has_everything_and_its_conclusions_last(tmp_path: Path) -> 
     assert summary.anything_wrong(tmp_path)
     (proposed,) = json.loads((tmp_path / "tables.json").read_text())
     assert (proposed["family"], proposed["kernel"], proposed["ratio"]) == ("additive", "forward", 1.2)
+    table = json.loads((tmp_path / "tuned" / "sm_90.json").read_text())
+    assert table["source"] == "measured on Some GPU"
+    (entry,) = table["entries"]
+    assert (entry["task"], entry["config"]["warps"]) == (dataclasses.asdict(choice().task), 8)
 
 
 def test_a_summary_of_nothing_says_so(tmp_path: Path) -> None:

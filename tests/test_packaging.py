@@ -39,7 +39,11 @@ def test_the_wheel_holds_the_package_its_configs_and_its_data(wheels: dict[str, 
     assert {"linbench/inputs/data/minilm.safetensors", "linbench/cli.py"} <= inside
     templates = ROOT / "linbench" / "report" / "templates"
     assert {f"linbench/report/templates/{path.name}" for path in templates.iterdir()} <= inside
-    kernels = {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
+    kernels = {
+        str(path.relative_to(ROOT / "kernels"))
+        for path in (ROOT / "kernels").rglob("*.*")
+        if path.suffix in (".py", ".json")
+    }
     assert kernels <= inside
     assert {name.partition("/")[0] for name in inside} == {"linbench", "linbench_kernels"}
 

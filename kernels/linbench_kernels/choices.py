@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import linbench_kernels
+from linbench_kernels import tables
 
 LAST_WORD = ("filled", "config")
 """Names of functions in a module ``launch``, the one that has the last word first."""
@@ -33,6 +34,13 @@ class Choice:
     """What of a call decides it: the ``Task`` of the family, or a tuple that begins with the name of the kernel."""
     config: Any
     """The ``Config`` that is taken for that, or the ``Plan``."""
+    source: str = tables.RULE
+    """Where it comes from: the ``source`` of a file, see :mod:`~linbench_kernels.tables`; ``rule`` or ``override``."""
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        """The arguments of the family's ``config``."""
+        return self.task if isinstance(self.task, tuple) else (self.task,)
 
     @property
     def kernel(self) -> str:
@@ -81,10 +89,16 @@ def _last_word(launch: ModuleType) -> str:
 
 
 def _changed(family: str, function: Callable[..., Any], change: Callable[[Choice], Any]) -> Callable[..., Any]:
+    original = getattr(function, "original", function)
+
     def chosen(*given: Any) -> Any:
         task = next((x for x in given if hasattr(x, "arch")), given)
-        return change(Choice(family, task, function(*given)))
+        choice = Choice(family, task, function(*given))
+        overridden = original is not function and choice.config != original(*given)
+        source = tables.OVERRIDE if overridden else tables.source(family, choice.given)
+        return change(dataclasses.replace(choice, source=source))
 
+    chosen.original = original  # type: ignore[attr-defined]
     return chosen
 
 

@@ -51,7 +51,7 @@ def unsupported(cell: Cell) -> str | None:
 
 @contextmanager
 def configurations(implementation: str) -> Iterator[dict[str, dict[str, Scalar]]]:
-    """How the kernels that are called meanwhile are compiled, by family and kernel; filled at the end.
+    """How the kernels that are called meanwhile are compiled, by family and kernel, and who says so; filled at the end.
 
     Stays empty where the implementation is another one, or no kernel can be imported.
     """
@@ -68,7 +68,7 @@ def configurations(implementation: str) -> Iterator[dict[str, dict[str, Scalar]]
     for choice in kept:
         name = f"{choice.family} {choice.kernel}"
         again = sum(known == name or known.startswith(f"{name} (") for known in found)
-        found[f"{name} ({again + 1})" if again else name] = choice.settings
+        found[f"{name} ({again + 1})" if again else name] = {**choice.settings, "source": choice.source}
 
 
 def too_wide(cell: Cell, projections: int) -> str | None:

@@ -23,6 +23,8 @@ def page(folder: Path, extent: Extent) -> str:
     proposed = proposals(found["tuning"])
     if proposed:
         (folder / "tables.json").write_text(json.dumps(proposed, indent=1) + "\n")
+    if not extent.rehearsal:
+        write_tables(folder, found["tuning"])
     parts = [
         "# What was found on a GPU"
         if not extent.rehearsal
@@ -48,14 +50,25 @@ def anything_wrong(folder: Path) -> bool:
 
 def where(folder: Path) -> str:
     """The device and the versions of the last session."""
-    sessions = [line for part in PARTS for line in Records(folder, part).read() if line["kind"] == "session"]
-    if not sessions:
+    last = last_session(folder)
+    if last is None:
         return "Nothing has been run."
-    last = max(sessions, key=lambda line: str(line["time"]))
     about = last["environment"]
-    device = ", ".join(about["gpus"]) or about["cpu"]
     versions = ", ".join(f"{name} {number}" for name, number in last["packages"].items())
-    return f"{device}, driver {about.get('driver')}, {versions}; linbench at {about.get('commit')}."
+    return f"{device(folder)}, driver {about.get('driver')}, {versions}; linbench at {about.get('commit')}."
+
+
+def last_session(folder: Path) -> Line | None:
+    """What was noted of the machine when it was last run."""
+    sessions = [line for part in PARTS for line in Records(folder, part).read() if line["kind"] == "session"]
+    return max(sessions, key=lambda line: str(line["time"]), default=None)
+
+
+def device(folder: Path) -> str:
+    """What it was run on."""
+    last = last_session(folder)
+    about = {"gpus": [], "cpu": "an unknown device"} if last is None else last["environment"]
+    return ", ".join(about["gpus"]) or str(about["cpu"])
 
 
 def errors(lines: list[Line]) -> str:
@@ -155,6 +168,25 @@ def proposals(lines: list[Line]) -> list[Line]:
             if one["changed"] and one["ratio"] > best.get(key, {"ratio": 1.0})["ratio"]:
                 best[key] = {**one, "seen_with": f"{line['mechanism']} {line['pass']} {line['shape']}"}
     return list(best.values())
+
+
+def write_tables(folder: Path, lines: list[Line]) -> None:
+    """``tuned/ARCH.json``: the best configuration of every task that was tuned, the table's own where none was faster.
+
+    As ``linbench_kernels.tables`` reads it from ``linbench_kernels/tuned``.
+    """
+    from linbench_kernels import tables
+
+    best: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        for one in line.get("best", []):
+            task, arch = one["task"], str(one["task"].get("arch"))
+            key = json.dumps([one["family"], task], sort_keys=True)
+            if key not in best.setdefault(arch, {}) or one["ratio"] > best[arch][key]["ratio"]:
+                entry = {"family": one["family"], "task": task, "config": one["best"]}
+                best[arch][key] = {**entry, "ratio": one["ratio"]}
+    for arch, entries in best.items():
+        tables.write(folder / "tuned" / f"{arch}.json", f"measured on {device(folder)}", list(entries.values()))
 
 
 def tuned(proposed: list[Line], lines: list[Line]) -> str:

@@ -1,7 +1,8 @@
 """Would a neighbouring configuration be faster? One number of a table changed at a time, beside what the table has.
 
-A neighbour that is faster is changed again, as long as that helps. What wins is proposed in ``tables.json``; nothing is
-read from there: whoever takes a proposal over writes it into the family's ``configs.py``, and its costs with it.
+A neighbour that is faster is changed again, as long as that helps. What wins is proposed in ``tables.json``, and
+``tuned/ARCH.json`` beside it is the table of that class of devices as ``linbench_kernels/tuned`` has it. Nothing is
+read from here: whoever takes it over puts it there, and the costs of its binaries into theirs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from linbench_kernels import tables
+from linbench_kernels.autotune import SAME, neighbours
 from linbench_kernels.choices import Choice, noted, replaced
 from torch import Tensor
 
@@ -22,17 +25,6 @@ from gpu_bench_parts.timing import Side, timed
 from linbench import registry
 from linbench.stats import ratio_of_medians
 
-TRIED: dict[str, tuple[Any, ...]] = {
-    "chunk": (16, 32, 64, 128),
-    "columns": (16, 32, 64, 128, 256),
-    "warps": (2, 4, 8),
-    "stages": (1, 2, 3, 4),
-}
-"""Values that a setting may have; its neighbours are the next ones."""
-FIXED_CHUNK = ("channel_decay", "delta")
-"""Families whose chunk is no choice of a configuration alone."""
-SAME = 5e-3
-"""Relative distance of results in bf16: another order of sums, and no other result."""
 CLIMBS = 3
 TUNED = (Shape(CENTRE, 8192, 128), Shape(CENTRE, 8192, 64))
 
@@ -102,25 +94,8 @@ def climb(
 
 def named(choice: Choice, config: Any) -> dict[str, Any]:
     """Which kernel, for which task, and a configuration of it."""
-    given = dict(enumerate(choice.task)) if isinstance(choice.task, tuple) else vars(choice.task)
-    task = {str(key): value for key, value in given.items() if isinstance(value, str | int | float | bool)}
+    task = tables.described(choice.given, tables.rule_of(choice.family))
     return {"family": choice.family, "kernel": choice.kernel, "task": task, "config": dataclasses.asdict(config)}
-
-
-def neighbours(choice: Choice) -> list[Any]:
-    """Configurations that differ in one setting, by one place."""
-    if not dataclasses.is_dataclass(choice.config):
-        return []
-    found = []
-    for setting, values in TRIED.items():
-        now = getattr(choice.config, setting, None)
-        if now not in values or (setting == "chunk" and choice.family in FIXED_CHUNK):
-            continue
-        place = values.index(now)
-        found += [{setting: value} for value in (*values[max(place - 1, 0) : place], *values[place + 1 : place + 2])]
-    if hasattr(choice.config, "tma") and getattr(choice.task, "aligned", False):
-        found.append({"tma": not choice.config.tma})
-    return [dataclasses.replace(choice.config, **change) for change in found]
 
 
 def trial(

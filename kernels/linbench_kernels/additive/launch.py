@@ -64,8 +64,8 @@ def forward(
     normalised: bool,
     keep_state: bool,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the final state (empty unless asked for) and the divisors of the rows (empty unless normalised)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """o, the final state (None unless asked for) and the divisors of the rows (None unless normalised)."""
     batch, heads, length, value_dim = v.shape
     key_dim = q.shape[-1]
     sequences = sequences_of(v, cu_seqlens)
@@ -121,7 +121,7 @@ def forward(
             SEGMENTED=plan.segments > 1,
             num_warps=plan.warps,
         )
-    return out, q.new_empty(0) if state is None else state, q.new_empty(0) if divisors is None else divisors
+    return out, state, divisors
 
 
 def backward(
@@ -141,8 +141,8 @@ def backward(
     normalised: bool,
     decay_grad: bool,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, the log decay, the entering weights, the skip and the initial state; empty for None.
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, the log decay, the entering weights, the skip and the initial state; None for None.
 
     Args:
         out: of the forward, where it is normalised; ``divisors`` the same.
@@ -243,12 +243,10 @@ def backward(
             SEGMENTED=plan.segments > 1,
             num_warps=plan.warps,
         )
-    log_decay_grad, entering_grad, skip_grad, state_result = (q.new_empty(0) for _ in range(4))
+    log_decay_grad = entering_grad = skip_grad = state_result = None
     if decay_grad and log_decay is not None and q_dots is not None and k_dots is not None:
-        log_decay_grad = decay_gradient(q_dots, k_dots, reciprocals, entering, last_met(met), cu_seqlens)
-        if kind == "head":
-            log_decay_grad = log_decay_grad.sum((0, 2))
-        log_decay_grad = log_decay_grad.to(log_decay.dtype)
+        every = decay_gradient(q_dots, k_dots, reciprocals, entering, last_met(met), cu_seqlens)
+        log_decay_grad = (every.sum((0, 2)) if kind == "head" else every).to(log_decay.dtype)
     if entering is not None and weight_dots is not None:
         entering_grad = weight_dots.sum(0).to(entering.dtype)
     if skip is not None and own_dots is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +73,7 @@ def attention(
     if not direct(*operands):
         out, state, _ = attention_op(*operands, *options)
     elif recorded(*operands):
-        out, state, _ = _Attention.apply(*operands, *options)  # type: ignore[no-untyped-call]
+        out, state, _ = _Attention.apply(*operands, options)  # type: ignore[no-untyped-call]
     else:
         out, state, _ = launch.forward(*operands[:-1], *options, cu_seqlens)
     return out, state if return_state else None
@@ -183,6 +182,11 @@ def expect(name: str, x: Tensor | None, *shapes: tuple[int, ...]) -> None:
         raise ValueError(f"{name} is {list(x.shape)}; {choices} is needed")
 
 
+def given(x: Tensor | None, like: Tensor) -> Tensor:
+    """A result of an operator, which has no None: empty for it."""
+    return like.new_empty(0) if x is None else x
+
+
 @torch.library.custom_op("linbench::additive_attention", mutates_args=())
 def attention_op(
     q: Tensor,
@@ -200,7 +204,8 @@ def attention_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`~linbench_kernels.additive.launch.forward` as an operator of torch."""
     tensors = (q, k, v, log_decay, entering, skip, initial_state)
-    return launch.forward(*tensors, scale, feature, normalised, keep_state, cu_seqlens)
+    out, state, divisors = launch.forward(*tensors, scale, feature, normalised, keep_state, cu_seqlens)
+    return out, given(state, q), given(divisors, q)
 
 
 @attention_op.register_fake
@@ -251,7 +256,8 @@ def backward_op(
     """:func:`~linbench_kernels.additive.launch.backward` as an operator of torch."""
     weights = (log_decay, entering, skip, initial_state, divisors)
     options = (scale, feature, normalised, decay_grad)
-    return launch.backward(out_grad, state_grad, q, k, v, out, *weights, *options, cu_seqlens)
+    grads = launch.backward(out_grad, state_grad, q, k, v, out, *weights, *options, cu_seqlens)
+    return tuple(given(grad, q) for grad in grads)  # type: ignore[return-value]
 
 
 @backward_op.register_fake
@@ -281,29 +287,30 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.feature, ctx.normalised, ctx.keep_state = inputs
+    _keep(ctx, inputs[:8], inputs[8:], output)
+
+
+def _keep(
+    ctx: Any, tensors: tuple[Any, ...], options: tuple[Any, ...], output: tuple[Tensor, Tensor | None, Tensor | None]
+) -> None:
+    ctx.options, normalised, keep_state = options[:3], options[2], options[3]
     out, state, divisors = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(divisors)
-    if not ctx.keep_state:
-        ctx.mark_non_differentiable(state)
+    fixed = [x for x in (divisors, None if keep_state else state) if x is not None]
+    if fixed:
+        ctx.mark_non_differentiable(*fixed)
     ctx.decay_grad = tensors[3] is not None and ctx.needs_input_grad[3]
-    kept = (out if ctx.normalised else None, divisors if ctx.normalised else None)
-    ctx.save_for_backward(*tensors, *kept)
+    ctx.save_for_backward(*tensors, *((out, divisors) if normalised else (None, None)))
 
 
-def _backward(
-    ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, _: Any, function: Callable[..., Any] = backward_op
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, log_decay, entering, skip, initial_state, cu_seqlens, out, divisors = ctx.saved_tensors
     if out_grad is None:
         out_grad = torch.zeros_like(v)
     weights = (log_decay, entering, skip, initial_state, cu_seqlens, divisors)
-    options = (ctx.scale, ctx.feature, ctx.normalised, ctx.decay_grad)
-    grads = function(out_grad, state_grad, q, k, v, out, *weights, *options)
+    grads = backward_op(out_grad, state_grad, q, k, v, out, *weights, *ctx.options, ctx.decay_grad)
     there = (True, True, True, ctx.decay_grad, *(x is not None for x in (entering, skip, initial_state)))
-    nothing = (None,) * 5
-    return *(grad if given else None for grad, given in zip(grads, there, strict=True)), *nothing
+    return *(grad if wanted else None for grad, wanted in zip(grads, there, strict=True)), *(None,) * 5
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)
@@ -313,22 +320,23 @@ class _Attention(torch.autograd.Function):
     """The operator without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        operands = (*inputs[:7], *inputs[8:], inputs[7])
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tensors, options = inputs[:8], inputs[8]
+        operands = (*tensors[:7], *options, tensors[7])
         output = launch.forward(*operands)
-        _setup(ctx, inputs, output)
+        _keep(ctx, tensors, options, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled()  # gradients of gradients, which the operator knows to refuse
-        return _backward(ctx, out_grad, state_grad, _, backward_op if again else launched)
-
-
-def launched(out_grad: Tensor, state_grad: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
-    """What ``backward_op`` does, and nothing besides."""
-    operands = (out_grad, state_grad, *inputs[:8], *inputs[9:], inputs[8])
-    return launch.backward(*operands)
+        if torch.is_grad_enabled():  # gradients of gradients, which the operator knows to refuse
+            return _backward(ctx, out_grad, state_grad, _)[:9]
+        q, k, v, log_decay, entering, skip, initial_state, cu_seqlens, out, divisors = ctx.saved_tensors
+        if out_grad is None:
+            out_grad = torch.zeros_like(v)
+        weights = (log_decay, entering, skip, initial_state, divisors)
+        operands = (out_grad, state_grad, q, k, v, out, *weights, *ctx.options, ctx.decay_grad, cu_seqlens)
+        return *launch.backward(*operands), None, None
 
 
 @torch.library.custom_op("linbench::additive_step", mutates_args=("state",))

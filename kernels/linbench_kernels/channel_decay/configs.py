@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from linbench_kernels.additive.configs import Arithmetic, block
+from linbench_kernels.tables import tuned
 
 CHUNK = 16
 """Tokens that a program takes at once: as many as one product of tiles has rows."""
@@ -46,7 +46,7 @@ def task(pass_: str, arch: str, numbers: Arithmetic, key_dim: int, value_dim: in
     return Task(pass_, arch, {"bf16": 2, "fp32": 4, "fp64": 8}[numbers.operand], key_dim, value_dim, aligned)
 
 
-@functools.cache
+@tuned
 def config(task: Task) -> Config:
     """The configuration of a task: the widest block of columns that compiles with few spills or none."""
     width = max(block(task.key_dim), block(task.value_dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block
-from linbench_kernels.additive.launch import arch_of, products, sequences_of, small, strides
-from linbench_kernels.channel_delta.configs import CHUNK, SEGMENT, Task, config
+from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block, narrowed
+from linbench_kernels.additive.launch import arch_of, multiprocessors_of, products, sequences_of, small, strides
+from linbench_kernels.channel_delta.configs import CHUNK, SCANS, SEGMENT, Task, config
 from linbench_kernels.channel_delta.forward import forward_kernel
 from linbench_kernels.channel_delta.prepare import prepare_kernel
 from linbench_kernels.channel_delta.reading import reading_kernel
@@ -102,13 +103,17 @@ class Operands:
         return (*self.q.shape[:2], self.segments, *self.widths)
 
     def config(self, kernel: str) -> Config:
-        """Of a kernel."""
-        return config(Task(kernel, self.arch, self.stored.itemsize, *self.widths, self.removed is not None))
+        """Of a kernel, with narrower blocks of values where there are few heads."""
+        chosen = config(Task(kernel, self.arch, self.stored.itemsize, *self.widths, self.removed is not None))
+        if kernel in SCANS:
+            columns = narrowed(chosen.columns, self.programs, self.widths[1:], multiprocessors_of(self.q))
+            return chosen if columns == chosen.columns else dataclasses.replace(chosen, columns=columns)
+        return chosen
 
     def settings(self, kernel: str) -> tuple[int, dict[str, Any]]:
         """Blocks of columns, and what all scans take."""
         chosen, (key_dim, value_dim) = self.config(kernel), self.widths
-        scanned = kernel in {"forward", "reverse"}
+        scanned = kernel in SCANS
         width, whole = (value_dim, key_dim) if scanned else (key_dim, value_dim)
         columns = min(chosen.columns, block(width))
         return int(triton.cdiv(width, columns)), {

@@ -185,10 +185,9 @@ def writing_kernel(
         from_later = load_channels(met, place, column, D, COLUMNS, ACC)
     q_steps, k_steps, v_steps = (q_n, q_d), (k_n, k_d), (v_n, v_d)
     z_steps = (residuals_n, residuals_d)
-    begin = start // CHUNK
-    end = tl.minimum(begin + SEGMENT, chunks)
-    for turn in tl.range(begin, end, num_stages=STAGES):
-        row = (begin + end - 1 - turn) * CHUNK
+    last = tl.minimum(start // CHUNK + SEGMENT, chunks) - 1
+    for turn in tl.range(0, last + 1 - start // CHUNK, num_stages=STAGES):
+        row = (last - turn) * CHUNK
         out_grads = load_placed(
             out_grad,
             (out_grad_n, out_grad_d),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from linbench_kernels.additive.configs import Config, block
+from linbench_kernels.tables import tuned
 
 KERNELS = ("inverse", "forward", "states", "reverse", "gradients")
+SCANS = ("forward", "states", "reverse")
+"""Those of them whose programs are heads and blocks of columns; the others have one for every chunk."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def chunk(arch: str, operand_bytes: int, key_dim: int, value_dim: int, backward:
     return 32 if operand_bytes == 4 or wide or arch.startswith(small) else 64
 
 
-@functools.cache
+@tuned
 def config(task: Task) -> Config:
     """The configuration of a kernel: for sm_90, bf16 and widths up to 128 none spills; none has been timed."""
     width = max(block(task.key_dim), block(task.value_dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block
+from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block, narrowed
 from linbench_kernels.additive.launch import (
     arch_of,
     described,
+    multiprocessors_of,
     of_every_head,
     of_groups,
     products,
@@ -22,7 +24,7 @@ from linbench_kernels.additive.launch import (
     small,
     strides,
 )
-from linbench_kernels.delta.configs import Task, chunk, config
+from linbench_kernels.delta.configs import SCANS, Task, chunk, config
 from linbench_kernels.delta.forward import forward_kernel
 from linbench_kernels.delta.gradients import gradients_kernel
 from linbench_kernels.delta.inverse import inverse_kernel
@@ -56,6 +58,8 @@ class Sizes:
     cu_seqlens: Tensor | None
     sequences: int
     """S."""
+    multiprocessors: int
+    """Of the device."""
 
     @property
     def chunk(self) -> int:
@@ -89,11 +93,15 @@ class Sizes:
         return "tf32" if self.numbers.operand == "bf16" and nvidia else self.numbers.precision
 
     def config(self, kernel: str, *tiles: Tensor) -> Config:
-        """Of a kernel that loads these tiles."""
+        """Of a kernel that loads these tiles, with narrower blocks where there are few heads."""
         aligned = all(described(x) for x in tiles)
         widths = (self.key_dim, self.value_dim)
         task = Task(kernel, self.arch, self.operand_bytes, *widths, self.decay, aligned, self.chunk)
-        return config(task)
+        chosen = config(task)
+        if kernel in SCANS:
+            columns = narrowed(chosen.columns, self.programs, (self.value_dim,), self.multiprocessors)
+            return chosen if columns == chosen.columns else dataclasses.replace(chosen, columns=columns)
+        return chosen
 
     def columns(self, chosen: Config) -> int:
         """Of the values in one program."""
@@ -130,6 +138,7 @@ def sizes(q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | N
         backward,
         small(cu_seqlens),
         sequences_of(v, cu_seqlens),
+        multiprocessors_of(q),
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from linbench_kernels.additive.configs import block
+from linbench_kernels.tables import tuned
 
 WIDEST_KEY = 32
 """D that the kernels take: the state has D² rows, which a program keeps in registers."""
@@ -44,7 +44,7 @@ class Task:
     """Whether descriptors can describe the tiles."""
 
 
-@functools.cache
+@tuned
 def config(task: Task) -> Config:
     """The configuration of a task: in bf16 with D up to 16 and M up to 128 none spills; none has been timed."""
     if task.arch == "interpreter":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import triton
 
 from linbench_kernels.additive.configs import Config
+from linbench_kernels.tables import tuned
 
 
 def power(width: int) -> int:
@@ -36,7 +36,7 @@ def border_distance(arch: str, key_dim: int) -> int:
     return 16 if arch == "interpreter" else max(64, 2 * power(key_dim))
 
 
-@functools.cache
+@tuned
 def config(task: Task) -> Config:
     """The configuration of a kernel: ``columns`` are channels, and ``chunk`` the tokens that are loaded at once.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from linbench_kernels.additive.configs import block
+from linbench_kernels.tables import tuned
 
 KERNELS = ("forward", "queries", "keys")
 
@@ -21,7 +21,7 @@ class Config:
     stages: int
 
 
-@functools.cache
+@tuned
 def config(kernel: str, arch: str, operand_bytes: int, key_dim: int, value_dim: int) -> Config:
     """The configuration of a kernel for products of numbers of so many bytes; none has been timed."""
     width = max(block(key_dim), block(value_dim))

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import load_tile, operand, store_row, store_tile
-from linbench_kernels.window.band import LOG2_E, finite, keys_seen, late_logs, late_places, seen
+from linbench_kernels.window.band import LOG2_E, finite, keys_seen, late_logs, late_places, seen, together
 
 
 @triton.jit(do_not_specialize=["length", "keys", "window", "missing"])
@@ -17,6 +17,7 @@ def forward_kernel(
     shares,
     beside,
     beside_logs,
+    sequence,
     q_b,
     q_h,
     q_n,
@@ -61,6 +62,7 @@ def forward_kernel(
         levels: ``[B, H, N]``: log2 of the largest weight of a row, that of ``beside`` among them; 0 for no weight.
         shares: ``[B, H, N]``: what that weight is of all of the row. One logarithm for both would have too few digits
             where logits are large: of 4,000 it says e^0.0003 at best, and rows would not sum to one.
+        sequence: the number of the packed sequence of every token, or None.
         beside: the result over other keys of all queries but the first ``missing``, or None.
         beside_logs: natural logarithms of the sums of its weights, contiguous.
     """
@@ -80,6 +82,8 @@ def forward_kernel(
         v_tile = operand(load_tile(v, v_strides, batch, head, at, 0, keys, KEYS, BLOCK_M, M, False), OPERAND)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2_E)
         there = seen(positions[:, None], at + tl.arange(0, KEYS)[None, :], window, length, keys, CAUSAL)
+        if sequence is not None:
+            there &= together(sequence, row, at, length, ROWS, KEYS)
         scores = tl.where(there, scores, float("-inf"))
         before = largest
         largest = tl.maximum(before, tl.max(scores, 1))

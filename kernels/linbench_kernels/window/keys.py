@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import load_row, load_tile, operand, store_tile
-from linbench_kernels.window.band import LOG2_E, queries_seeing, seen
+from linbench_kernels.window.band import LOG2_E, queries_seeing, seen, together
 
 
 @triton.jit(do_not_specialize=["length", "keys", "window"])
@@ -21,6 +21,7 @@ def keys_kernel(
     delta,
     k_grad,
     v_grad,
+    sequence,
     q_b,
     q_h,
     q_n,
@@ -84,6 +85,8 @@ def keys_kernel(
         met = load_row(delta, batch, head, heads, row, length, ROWS, ACC)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2_E)
         there = seen(row + tl.arange(0, ROWS)[None, :], positions[:, None], window, length, keys, CAUSAL)
+        if sequence is not None:
+            there &= together(sequence, at, row, length, KEYS, ROWS)
         weights = tl.exp2(tl.where(there, scores - level[None, :], float("-inf"))) * share[None, :]
         change = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION, out_dtype=ACC) - met[None, :]
         v_acc = tl.dot(operand(weights, OPERAND), grad_tile, v_acc, input_precision=PRECISION, out_dtype=ACC)

@@ -56,6 +56,7 @@ def forward(
     window: int,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o, and of its rows the level of the largest weight and its share, ``[2, B, H, N]``."""
     batch, heads, length, _ = q.shape
@@ -72,6 +73,7 @@ def forward(
             *scales,
             beside,
             small(beside_logs),
+            sequence_of_tokens(cu_seqlens, length),
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -99,6 +101,7 @@ def backward(
     window: int,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, of what stands beside and of its logarithms; empty for None."""
     batch, heads, length, _ = q.shape
@@ -109,6 +112,7 @@ def backward(
     if beside_logs is not None:
         logs_grad = beside_logs.new_empty(beside_logs.shape, dtype=numbers.state)
     delta = torch.empty_like(scales[0])
+    sequence = sequence_of_tokens(cu_seqlens, length)
     if q.numel():
         form = chosen("queries", numbers, q, v)
         queries_kernel[(triton.cdiv(length, form.rows) * batch * heads,)](
@@ -124,6 +128,7 @@ def backward(
             small(beside_logs),
             beside_grad,
             logs_grad,
+            sequence,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -149,6 +154,7 @@ def backward(
             delta,
             k_grad,
             v_grad,
+            sequence,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -164,6 +170,14 @@ def backward(
     if beside_grad is None or logs_grad is None or beside_logs is None:
         return q_grad, k_grad, v_grad, q.new_empty(0), q.new_empty(0)
     return q_grad, k_grad, v_grad, beside_grad, logs_grad.to(beside_logs.dtype)
+
+
+def sequence_of_tokens(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
+    """The number of the packed sequence of every token, ``[N]``; None for None. It stays on the device."""
+    if cu_seqlens is None:
+        return None
+    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True)
 
 
 def reach(window: int, q: Tensor, k: Tensor) -> int:
