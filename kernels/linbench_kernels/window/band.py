@@ -5,7 +5,17 @@ import triton.language as tl
 
 from linbench_kernels.additive.scan import LOG2_E
 
-__all__ = ["LOG2_E", "finite", "keys_seen", "late_logs", "late_places", "queries_seeing", "seen", "together"]
+__all__ = [
+    "LOG2_E",
+    "finite",
+    "keys_seen",
+    "late_logs",
+    "late_places",
+    "own_sequence",
+    "queries_seeing",
+    "seen",
+    "together",
+]
 
 
 @triton.jit
@@ -38,11 +48,18 @@ def seen(queries, keys, window, query_count, key_count, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def together(sequence, row, at, length, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """Whether queries from ``row`` on and keys from ``at`` on, as many of both, are of one packed sequence."""
-    queries, keys = row + tl.arange(0, ROWS), at + tl.arange(0, KEYS)
-    of_queries = tl.load(sequence + queries, mask=queries < length, other=-1)
-    return of_queries[:, None] == tl.load(sequence + keys, mask=keys < length, other=-1)[None, :]
+def own_sequence(borders, row, length, ROWS: tl.constexpr):
+    """Of tokens from ``row`` on the first token and past the last one of their packed sequences, from ``[2, N]``."""
+    tokens = row + tl.arange(0, ROWS)
+    first = tl.load(borders + tokens, mask=tokens < length, other=0)
+    return first, tl.load(borders + length + tokens, mask=tokens < length, other=0)
+
+
+@triton.jit
+def together(first, past, other, COUNT: tl.constexpr):
+    """Which tokens from ``other`` on are of the sequences with these borders: nothing is loaded between products."""
+    tokens = other + tl.arange(0, COUNT)
+    return (tokens[None, :] >= first[:, None]) & (tokens[None, :] < past[:, None])
 
 
 @triton.jit

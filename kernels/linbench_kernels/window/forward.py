@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import load_tile, operand, store_row, store_tile
-from linbench_kernels.window.band import LOG2_E, finite, keys_seen, late_logs, late_places, seen, together
+from linbench_kernels.window.band import LOG2_E, finite, keys_seen, late_logs, late_places, own_sequence, seen, together
 
 
 @triton.jit(do_not_specialize=["length", "keys", "window", "missing"])
@@ -17,7 +17,7 @@ def forward_kernel(
     shares,
     beside,
     beside_logs,
-    sequence,
+    borders,
     q_b,
     q_h,
     q_n,
@@ -62,7 +62,7 @@ def forward_kernel(
         levels: ``[B, H, N]``: log2 of the largest weight of a row, that of ``beside`` among them; 0 for no weight.
         shares: ``[B, H, N]``: what that weight is of all of the row. One logarithm for both would have too few digits
             where logits are large: of 4,000 it says e^0.0003 at best, and rows would not sum to one.
-        sequence: the number of the packed sequence of every token, or None.
+        borders: of the packed sequence of every token, ``[2, N]``, or None.
         beside: the result over other keys of all queries but the first ``missing``, or None.
         beside_logs: natural logarithms of the sums of its weights, contiguous.
     """
@@ -72,6 +72,8 @@ def forward_kernel(
     q_strides, k_strides, v_strides = (q_b, q_h, q_n, q_d), (k_b, k_h, k_n, k_d), (v_b, v_h, v_n, v_d)
     q_tile = operand(load_tile(q, q_strides, batch, head, row, 0, length, ROWS, BLOCK_D, D, False), OPERAND)
     positions = row + tl.arange(0, ROWS)
+    if borders is not None:
+        begins, ends = own_sequence(borders, row, length, ROWS)
     largest = tl.full([ROWS], float("-inf"), dtype=ACC)
     total = tl.zeros([ROWS], dtype=ACC)
     acc = tl.zeros([ROWS, BLOCK_M], dtype=ACC)
@@ -82,8 +84,8 @@ def forward_kernel(
         v_tile = operand(load_tile(v, v_strides, batch, head, at, 0, keys, KEYS, BLOCK_M, M, False), OPERAND)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2_E)
         there = seen(positions[:, None], at + tl.arange(0, KEYS)[None, :], window, length, keys, CAUSAL)
-        if sequence is not None:
-            there &= together(sequence, row, at, length, ROWS, KEYS)
+        if borders is not None:
+            there &= together(begins, ends, at, KEYS)
         scores = tl.where(there, scores, float("-inf"))
         before = largest
         largest = tl.maximum(before, tl.max(scores, 1))

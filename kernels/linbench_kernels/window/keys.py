@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import load_row, load_tile, operand, store_tile
-from linbench_kernels.window.band import LOG2_E, queries_seeing, seen, together
+from linbench_kernels.window.band import LOG2_E, own_sequence, queries_seeing, seen, together
 
 
 @triton.jit(do_not_specialize=["length", "keys", "window"])
@@ -21,7 +21,7 @@ def keys_kernel(
     delta,
     k_grad,
     v_grad,
-    sequence,
+    borders,
     q_b,
     q_h,
     q_n,
@@ -72,6 +72,8 @@ def keys_kernel(
     k_tile = operand(load_tile(k, k_strides, batch, head, at, 0, keys, KEYS, BLOCK_D, D, False), OPERAND)
     v_tile = operand(load_tile(v, v_strides, batch, head, at, 0, keys, KEYS, BLOCK_M, M, False), OPERAND)
     positions = at + tl.arange(0, KEYS)
+    if borders is not None:
+        begins, ends = own_sequence(borders, at, keys, KEYS)
     k_acc = tl.zeros([KEYS, BLOCK_D], dtype=ACC)
     v_acc = tl.zeros([KEYS, BLOCK_M], dtype=ACC)
     first, last = queries_seeing(at, window, length, keys, KEYS, CAUSAL)
@@ -85,8 +87,8 @@ def keys_kernel(
         met = load_row(delta, batch, head, heads, row, length, ROWS, ACC)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2_E)
         there = seen(row + tl.arange(0, ROWS)[None, :], positions[:, None], window, length, keys, CAUSAL)
-        if sequence is not None:
-            there &= together(sequence, at, row, length, KEYS, ROWS)
+        if borders is not None:
+            there &= together(begins, ends, row, ROWS)
         weights = tl.exp2(tl.where(there, scores - level[None, :], float("-inf"))) * share[None, :]
         change = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION, out_dtype=ACC) - met[None, :]
         v_acc = tl.dot(operand(weights, OPERAND), grad_tile, v_acc, input_precision=PRECISION, out_dtype=ACC)

@@ -73,7 +73,7 @@ def forward(
             *scales,
             beside,
             small(beside_logs),
-            sequence_of_tokens(cu_seqlens, length),
+            borders_of(cu_seqlens, length),
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -112,7 +112,7 @@ def backward(
     if beside_logs is not None:
         logs_grad = beside_logs.new_empty(beside_logs.shape, dtype=numbers.state)
     delta = torch.empty_like(scales[0])
-    sequence = sequence_of_tokens(cu_seqlens, length)
+    borders = borders_of(cu_seqlens, length)
     if q.numel():
         form = chosen("queries", numbers, q, v)
         queries_kernel[(triton.cdiv(length, form.rows) * batch * heads,)](
@@ -128,7 +128,7 @@ def backward(
             small(beside_logs),
             beside_grad,
             logs_grad,
-            sequence,
+            borders,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -154,7 +154,7 @@ def backward(
             delta,
             k_grad,
             v_grad,
-            sequence,
+            borders,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -172,12 +172,13 @@ def backward(
     return q_grad, k_grad, v_grad, beside_grad, logs_grad.to(beside_logs.dtype)
 
 
-def sequence_of_tokens(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
-    """The number of the packed sequence of every token, ``[N]``; None for None. It stays on the device."""
+def borders_of(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
+    """The first token and past the last one of the packed sequence of every token, ``[2, N]``; None for None."""
     if cu_seqlens is None:
         return None
     tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True)
+    number = torch.searchsorted(cu_seqlens, tokens, right=True)
+    return torch.stack((cu_seqlens[number - 1], cu_seqlens[number])).int()
 
 
 def reach(window: int, q: Tensor, k: Tensor) -> int:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import load_row, load_tile, operand, store_row, store_tile, stored
-from linbench_kernels.window.band import LOG2_E, keys_seen, late_logs, late_places, seen, together
+from linbench_kernels.window.band import LOG2_E, keys_seen, late_logs, late_places, own_sequence, seen, together
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def queries_kernel(
     beside_logs,
     beside_grad,
     beside_logs_grad,
-    sequence,
+    borders,
     q_b,
     q_h,
     q_n,
@@ -109,6 +109,8 @@ def queries_kernel(
     share = load_row(shares, batch, head, heads, row, length, ROWS, ACC)
     met = tl.sum(out_tile.to(ACC) * grad_tile.to(ACC), 1)
     positions = row + tl.arange(0, ROWS)
+    if borders is not None:
+        begins, ends = own_sequence(borders, row, length, ROWS)
     first, last = keys_seen(row, window, length, keys, ROWS, CAUSAL)
     if beside is not None:
         place, late = row - missing, length - missing
@@ -128,8 +130,8 @@ def queries_kernel(
             k_tile = operand(load_tile(k, k_strides, batch, head, at, 0, keys, KEYS, BLOCK_D, D, False), OPERAND)
             v_tile = operand(load_tile(v, v_strides, batch, head, at, 0, keys, KEYS, BLOCK_M, M, False), OPERAND)
             there = seen(positions[:, None], at + tl.arange(0, KEYS)[None, :], window, length, keys, CAUSAL)
-            if sequence is not None:
-                there &= together(sequence, row, at, length, ROWS, KEYS)
+            if borders is not None:
+                there &= together(begins, ends, at, KEYS)
             change = changes(q_tile, k_tile, v_tile, factor, there, level, share, met, scale, PRECISION, ACC)
             summed += tl.sum(change, 1)
         met += summed
@@ -149,8 +151,8 @@ def queries_kernel(
         k_tile = operand(load_tile(k, k_strides, batch, head, at, 0, keys, KEYS, BLOCK_D, D, False), OPERAND)
         v_tile = operand(load_tile(v, v_strides, batch, head, at, 0, keys, KEYS, BLOCK_M, M, False), OPERAND)
         there = seen(positions[:, None], at + tl.arange(0, KEYS)[None, :], window, length, keys, CAUSAL)
-        if sequence is not None:
-            there &= together(sequence, row, at, length, ROWS, KEYS)
+        if borders is not None:
+            there &= together(begins, ends, at, KEYS)
         change = changes(q_tile, k_tile, v_tile, factor, there, level, share, met, scale, PRECISION, ACC)
         acc = tl.dot(operand(change, OPERAND), k_tile, acc, input_precision=PRECISION, out_dtype=ACC)
     strides = (q_grad_b, q_grad_h, q_grad_n, q_grad_d)
