@@ -12,7 +12,8 @@ import numpy as np
 
 from linbench.errors import UsageError
 from linbench.report.crossover import fastest_exact
-from linbench.report.points import EXACT, Point, Points, Series, Setting, inputs_of
+from linbench.report.points import Point, Points
+from linbench.report.settings import EXACT, Series, Setting, inputs_of
 from linbench.report.units import error as told_error
 from linbench.report.units import size, tokens
 from linbench.stats import Estimate, ratio_of_medians

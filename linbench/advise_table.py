@@ -11,7 +11,8 @@ from linbench.advise import Advice, Candidate
 from linbench.check_table import console
 from linbench.report import units
 from linbench.report.names import series_names, setting_names
-from linbench.report.points import Points, Series
+from linbench.report.points import Points
+from linbench.report.settings import Series
 
 LISTED = 12
 

@@ -67,6 +67,8 @@ def _dispatch(argv: list[str]) -> int:
         "advise": advise,
         "export": export,
         "gate": gate,
+        "history": history,
+        "bisect": bisect,
         "list": list_choices,
         "doctor": doctor,
     }
@@ -93,6 +95,7 @@ def run(config: DictConfig, command: str) -> int:
     from linbench.execution import execute
     from linbench.hydra_front import checked
     from linbench.progress import SweepProgress, duration
+    from linbench.refining import refined
     from linbench.report.rounds import sentence
     from linbench.runner import Runner
     from linbench.store import read_all
@@ -103,10 +106,15 @@ def run(config: DictConfig, command: str) -> int:
     try:
         with Runner() as runner:
             plan = prepare(asked, runner)
-            _announce(plan, "cells", len(plan.pending), len(plan.finished))
-            if plan.pending or plan.repeated:
-                with SweepProgress(plan.pending, plan.repeated) as progress:
-                    execute(plan, runner, command, progress)
+            for bisections_left in range(asked.crossover.bisections, -1, -1):
+                _announce(plan, "cells", len(plan.pending), len(plan.finished))
+                if plan.pending or plan.repeated:
+                    with SweepProgress(plan.pending, plan.repeated) as progress:
+                        execute(plan, runner, command, progress)
+                before = plan
+                plan = refined(before, runner) if bisections_left else before
+                if plan is before:
+                    break
     except KeyboardInterrupt:
         return _stopped(command)
     records = plan.records
@@ -214,6 +222,20 @@ def capture(argv: list[str]) -> int:
 def gate(argv: list[str]) -> int:
     """Two versions of the code → is one slower?"""
     from linbench.gate.command import run
+
+    return run(argv)
+
+
+def history(argv: list[str]) -> int:
+    """Records of many commits → where a metric moved, and why."""
+    from linbench.history.command import run
+
+    return run(argv)
+
+
+def bisect(argv: list[str]) -> int:
+    """Two commits and a sweep → the commit that made it slower."""
+    from linbench.gate.bisect import run
 
     return run(argv)
 

@@ -83,7 +83,7 @@ def compare(first: Iterable[Record], second: Iterable[Record], *, paired: bool =
     pairs = [(record, again[record.cell.key]) for record in first if record.cell.key in again]
     timed = [(record, later) for record, later in pairs if _counts(record) and _counts(later)]
     ratio_of = paired_ratio if paired else ratio_of_medians
-    ratios = [ratio_of(_samples(later), _samples(record)) for record, later in timed]
+    ratios = [ratio_of(later.samples_ms, record.samples_ms) for record, later in timed]
     common = median_interval([ratio.value for ratio in ratios]) if len(ratios) >= FEWEST_CELLS else None
     cells = [
         Compared(
@@ -104,10 +104,6 @@ def compare(first: Iterable[Record], second: Iterable[Record], *, paired: bool =
 
 def _counts(record: Record) -> bool:
     return record.speed is not None and record.best_status is Status.OK
-
-
-def _samples(record: Record) -> list[list[float]]:
-    return [speed.samples_ms for speed in record.timings.values()]
 
 
 def _memory_ratio(first: Record, second: Record) -> float | None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from linbench.check_table import console
 from linbench.compare import FEWEST_CELLS, Compared, Comparison, Verdict
-from linbench.stats import Estimate
+from linbench.report.units import near_one
 
 STYLES = {Verdict.FASTER: "green", Verdict.SLOWER: "bold red", Verdict.SAME: "", Verdict.UNDECIDED: "dim"}
 MEMORY_SAME = 0.01
@@ -40,19 +40,15 @@ def show(
 def _row(one: Compared) -> list[str]:
     memory = one.memory_ratio
     told = "" if memory is None or abs(memory - 1) <= MEMORY_SAME else f"{memory:.3g}×"
-    return [one.cell.label, _interval(one.ratio), _interval(one.beside), str(one.verdict), told]
-
-
-def _interval(ratio: Estimate | None) -> str:
-    return "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+    return [one.cell.label, near_one(one.ratio), near_one(one.beside), str(one.verdict), told]
 
 
 def _common(found: Comparison) -> str:
     if found.common is None:
         return f"Fewer than {FEWEST_CELLS} cells: a move that they have in common is not taken out."
     if found.paired:
-        return f"All cells: {_interval(found.common)}. Measured in turns: rounds are paired, and nothing is taken out."
-    return f"All cells moved together by {_interval(found.common)}: that is taken out of “beside all”."
+        return f"All cells: {near_one(found.common)}. Measured in turns: rounds are paired, and nothing is taken out."
+    return f"All cells moved together by {near_one(found.common)}: that is taken out of “beside all”."
 
 
 def _counts(found: Comparison) -> str:

@@ -77,6 +77,14 @@ class FrontierSearch(BaseModel):
     """The search ends when the bracket is no wider than this share of its upper end."""
 
 
+class CrossoverSearch(BaseModel):
+    """How often the brackets are halved in which mechanisms pass exact attention."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bisections: Seed = 0
+
+
 class Choice(BaseModel):
     """One chosen file of a group: what it names, and its parameters, each a list of values to multiply."""
 
@@ -125,6 +133,7 @@ class Config(BaseModel):
     retries: int
     shard: Shard
     frontier: FrontierSearch = FrontierSearch()
+    crossover: CrossoverSearch = CrossoverSearch()
     sweep: str = "run"
 
 
@@ -140,6 +149,7 @@ class _Settings(BaseModel):
     retries: Seed
     shard: Shard
     frontier: FrontierSearch = FrontierSearch()
+    crossover: CrossoverSearch = CrossoverSearch()
 
 
 def parse(raw: Mapping[str, Any], options: Mapping[str, list[str]], sweep: str = "run") -> Config:
@@ -169,6 +179,8 @@ def parse(raw: Mapping[str, Any], options: Mapping[str, list[str]], sweep: str =
         raise UsageError(_first_sentence(error, {**axes, **settings})) from error
     if checked.shard.index >= checked.shard.count:
         raise UsageError(f"shard.index={checked.shard.index}: choose from 0 to {checked.shard.count - 1}")
+    if checked.crossover.bisections and checked.shard.count > 1:
+        raise UsageError("crossover.bisections needs all cells of the plan: leave out the shards, or set it to 0")
     groups = {group: _choices(group, raw.get(group) or {}, options.get(group, [])) for group in GROUPS}
     return Config(
         mechanisms=groups["mechanism"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ def report(argv: list[str]) -> int:
     parser.add_argument("--output", help="folder to write (default: all.report, beside the results)")
     parser.add_argument("--title", help="heading of the page")
     options = parser.parse_args(argv)
+    gc.disable()  # this process ends with the page, and looking for garbage among its records takes as long as they do
     paths = [Path(path) for path in options.paths]
     beside = paths[0] if paths[0].is_dir() else paths[0].parent
     folder = Path(options.output) if options.output else beside / "all.report"
@@ -107,7 +109,7 @@ def write_page(
     runs: Sequence[Run], records: Sequence[Record], frontiers: Sequence[Frontier], folder: Path, title: str
 ) -> Path:
     """The report of records; a folder that cannot be written is told as bad input."""
-    from linbench.report import write_report
+    from linbench.report.page import write_report
 
     try:
         return write_report(records, runs, folder, title, frontiers)

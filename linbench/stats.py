@@ -25,7 +25,7 @@ _ANGLES = np.linspace(0, math.pi / 2, 4001)
 _COSINES = np.cos(_ANGLES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """A median, or a ratio of two, with its interval. All but ``coverage`` and ``count`` are in the samples' unit."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from linbench.cell import Cell
@@ -11,7 +11,7 @@ from linbench.config import Config
 from linbench.environment import available_memory_bytes, default_threads
 from linbench.errors import UsageError
 from linbench.plan import Step, expand, foresee
-from linbench.prospect import Prospect
+from linbench.prospect import Prospect, Rates
 from linbench.protocol import ForeseeRequest, Measure, MeasureRequest, SurveyRequest
 from linbench.record import Environment, Record, Status
 from linbench.runner import Runner
@@ -32,6 +32,10 @@ class Plan:
     measures: dict[str, Measure]
     config: Config
     memory_limit_bytes: int
+    rates: Mapping[str, Rates] = field(default_factory=dict)
+    """Of each device, by its name: what estimates come from."""
+    missing_devices: Mapping[str, str] = field(default_factory=dict)
+    """Devices that this machine lacks, and why."""
     problems: list[str] = field(default_factory=list)
     """Mechanisms that could not even be asked, with the reason; their cells are run all the same."""
 
@@ -97,28 +101,38 @@ def outline(config: Config, runner: Runner) -> Plan:
     Raises:
         UsageError: a mechanism, implementation, parameter or shape that cannot be.
     """
-    cells = expand(config)
-    measures = measures_of(config)
-    threads = default_threads()
-    survey = runner.survey(SurveyRequest(devices=[device.name for device in config.devices], threads=threads))
-    prospects, problems = _prospects(cells, measures, runner)
+    devices = [device.name for device in config.devices]
+    survey = runner.survey(SurveyRequest(devices=devices, threads=default_threads()))
+    limit = int(available_memory_bytes() * MEMORY_SHARE)
+    empty = Plan([], {}, survey.environment, measures_of(config), config, limit, survey.rates, survey.missing_devices)
+    return extended(empty, expand(config), runner)
+
+
+def extended(plan: Plan, cells: Sequence[Cell], runner: Runner) -> Plan:
+    """The plan with further cells, and what is known of them; of its resumption what earlier runs know of these, too.
+
+    Raises:
+        UsageError: as :func:`outline`.
+    """
+    prospects, problems = _prospects(cells, plan.measures, runner)
     for i, cell in enumerate(cells):
-        if missing := survey.missing_devices.get(cell.device):
+        if missing := plan.missing_devices.get(cell.device):
             prospects[i] = Prospect(unsupported=missing, code=prospects[i].code)
     for prospect in prospects:
         if prospect.usage_error:
             raise UsageError(prospect.usage_error)
-    limit = int(available_memory_bytes() * MEMORY_SHARE)
-    settings = {name: measure.parameters for name, measure in measures.items()}
     steps = foresee(
         cells,
         prospects,
-        survey.rates,
-        measures=settings,
-        time_limit_s=config.time_limit_s,
-        memory_limit_bytes=limit,
+        plan.rates,
+        measures={name: measure.parameters for name, measure in plan.measures.items()},
+        time_limit_s=plan.config.time_limit_s,
+        memory_limit_bytes=plan.memory_limit_bytes,
     )
-    return Plan(steps, {}, survey.environment, measures, config, limit, problems)
+    further = replace(plan, steps=[*plan.steps, *steps], problems=[*plan.problems, *problems])
+    if plan.steps and plan.config.resume:
+        further.finished = _finished(further) | plan.finished
+    return further
 
 
 def measures_of(config: Config) -> dict[str, Measure]:
@@ -174,16 +188,25 @@ def _holds(record: Record, step: Step, plan: Plan) -> bool:
 
 def memory_limit(cell: Cell, plan: Plan) -> int:
     """Bytes that a CPU cell may allocate."""
+    return _memory_limit(cell, plan.memory_limit_bytes)
+
+
+def _memory_limit(cell: Cell, otherwise_bytes: int) -> int:
     asked = cell.device_parameters.get("memory_limit_bytes")
-    return int(asked) if asked else plan.memory_limit_bytes
+    return int(asked) if asked else otherwise_bytes
 
 
 def request_for(cell: Cell, plan: Plan) -> MeasureRequest:
     """What a worker is asked for a cell: every measure of the plan."""
+    request = measure_request(cell, plan.measures, plan.memory_limit_bytes)
+    return request.model_copy(update={"peaks": plan.environment.peaks.get(cell.device)})
+
+
+def measure_request(cell: Cell, measures: dict[str, Measure], memory_limit_bytes: int) -> MeasureRequest:
+    """The same without a plan: the device's own threads and memory limit come first."""
     return MeasureRequest(
         cell=cell,
-        measures=plan.measures,
+        measures=measures,
         threads=int(cell.device_parameters.get("threads") or default_threads()),
-        memory_limit_bytes=memory_limit(cell, plan) if cell.device == "cpu" else None,
-        peaks=plan.environment.peaks.get(cell.device),
+        memory_limit_bytes=_memory_limit(cell, memory_limit_bytes) if cell.device == "cpu" else None,
     )

@@ -10,6 +10,9 @@ Registers, stack, spills, shared memory, instructions by class in the longest lo
     PYTHONPATH=OTHER_TRITON scripts/kernel_costs --arch sm_90     with another Triton: rows of the others stay
     scripts/kernel_costs --choose                     the table of sm_90 that kernels take configurations from
     scripts/kernel_costs --check                      only says whether a default breaks its budget; exit code 1 if so
+
+`linbench gate costs` holds what this compiles against the table, and `linbench gate costs --update --reason TEXT` is
+how the table changes: the reason is kept in the rows that do.
 """
 
 from __future__ import annotations
@@ -27,9 +30,23 @@ from kernel_binaries import binaries, choose, table
 from kernel_binaries.budget import over_budget
 from kernel_binaries.rows import DTYPES
 
+from linbench.gate.costs import differs, twins
+
 ROOT = Path(__file__).parents[1]
-FAMILIES = ("additive", "channel_decay", "delta", "channel_delta", "features", "selective_scan", "wkv")
+FAMILIES = (
+    "additive",
+    "channel_decay",
+    "delta",
+    "channel_delta",
+    "features",
+    "second_order",
+    "window",
+    "log_linear",
+    "selective_scan",
+    "wkv",
+)
 """Modules of ``kernel_binaries``, each with ``costs(arch, dtype, width)``, named as the families of kernels are."""
+CELL = ("family", "arch", "dtype", "key_dim")
 WIDTHS = {"bfloat16": (64, 128, 256), "float16": (64,), "float32": (64,)}
 
 
@@ -40,7 +57,8 @@ def main() -> int:
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--width", nargs="+", type=int, help="D and M (default: 64, 128, 256)")
     parser.add_argument("--dtype", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
-    parser.add_argument("--json", type=Path, help="write the objects there, and nothing to results/")
+    parser.add_argument("--json", type=Path, help="write the objects there, and nothing to results/ without --reason")
+    parser.add_argument("--reason", help="why the table changes, kept in the rows whose budgets do")
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--choose", action="store_true", help="write linbench_kernels/tuned/sm_90.json, by binaries")
     options = parser.parse_args()
@@ -55,31 +73,40 @@ def main() -> int:
         for width in WIDTHS[dtype]
         if not options.width or width in options.width
     ]
-    rows = []
+    rows, failed = [], []
     for cell in cells:
-        for row in costs(*cell):
-            rows.append(row)
-            print(table.line(row), flush=True)
-    broken = [f"{table.name(row)}: {reason}" for row in rows if (reason := over_budget(row)) is not None]
+        try:
+            for row in costs(*cell):
+                rows.append(row)
+                print(table.line(row), flush=True)
+        except Exception as error:  # whatever Triton or an assembler raises; the other families are still wanted
+            told = str(error).strip().splitlines()
+            failed.append(dict(zip(CELL, cell, strict=True)) | {"failed": told[-1] if told else type(error).__name__})
+            print(f"{' '.join(map(str, cell))} does not compile: {failed[-1]['failed']}", flush=True)
+    broken = [f"{table.name(row)}: {row['over_budget']}" for row in rows if row["over_budget"] is not None]
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    elif not options.check:
-        write(cells, rows)
+        options.json.write_text(json.dumps(rows + failed, indent=1) + "\n")
+    if not failed and not options.check and (options.reason or not options.json):
+        write(cells, rows, options.reason)
     print(f"{len(rows)} binaries; over budget: {'; '.join(broken) or 'none'}")
-    return int(bool(broken))
+    return int(bool(broken or failed))
 
 
 def costs(family: str, arch: str, dtype: str, width: int) -> Iterator[dict[str, Any]]:
     """One object for every binary that the mechanisms of a family launch at D = M = ``width``."""
     module = importlib.import_module(f"kernel_binaries.{family}")
     for row in module.costs(arch, dtype, width):
-        yield {"family": family, **row}
+        yield {"family": family, **row, "over_budget": over_budget(row)}
 
 
-def write(cells: list[tuple[str, str, str, int]], rows: list[dict[str, Any]]) -> None:
+def write(cells: list[tuple[str, str, str, int]], rows: list[dict[str, Any]], reason: str | None) -> None:
     """To results/, in place of the rows of the same Triton and cells; those of others stay."""
     path = ROOT / "results" / "kernel_costs.json"
     before = json.loads(path.read_text()) if path.exists() else []
+    for twin, row in twins(before, rows):
+        if twin is not None:
+            changed = differs(twin, row) if reason else {}
+            row["reason"] = {"text": reason, "changed": changed} if changed else twin.get("reason")
     rows = rows + [row for row in before if row["triton"] != triton.__version__ or cell(row) not in cells]
     arches, dtypes = list(binaries.TARGETS), list(DTYPES)
     rows.sort(

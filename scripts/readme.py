@@ -1,4 +1,4 @@
-"""The sections of README.md that are made: results of the committed ``long_seq`` run, mechanisms, properties.
+"""The sections of README.md that are made: results of the committed ``long_seq`` run, gallery, mechanisms, properties.
 
 Each stands between two comments; pictures go to results/images/. ``--check`` fails when one is stale.
 """
@@ -14,12 +14,13 @@ from pathlib import Path
 from linbench import registry
 from linbench.conformance.kit import PROPERTIES
 from linbench.record import Record, Run
-from linbench.report import write_report
 from linbench.report.answers import make_answers
 from linbench.report.crossover import crossovers
 from linbench.report.figures import make_look
 from linbench.report.league import League, make_leagues
-from linbench.report.points import Series, make_points
+from linbench.report.page import write_report
+from linbench.report.points import make_points
+from linbench.report.settings import Series
 from linbench.store import read
 
 ROOT = Path(__file__).parents[1]
@@ -28,30 +29,61 @@ TABLED = "local(sharpness=2.0, width=64) inputs"
 SHOWN = "8k"
 """The longest length at which exact softmax was measured in every form."""
 
+IMAGES = "results/images"
+PICTURES = {"long_seq": ("latency", "error"), "all_mechanisms": ("crossover", "pareto"), "maps": ("attention-maps",)}
+"""Figures that are kept, by sweep: of its newest committed run."""
+GALLERY = {
+    ("all_mechanisms", "crossover"): "Where does each mechanism pass exact attention?",
+    ("all_mechanisms", "pareto"): "What does speed cost in error? The stair is the front; pale marks are distances.",
+    ("maps", "attention-maps"): "What does each mechanism look at, beside softmax on the same inputs of a real model?",
+}
+
 
 def main() -> int:
     """Write the sections and the pictures, or compare the sections; 1 if one is stale."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail if a section is not up to date")
     options = parser.parse_args()
-    path = sorted(ROOT.glob("results/*/*-long_seq-*.jsonl"))[-1]
+    path = newest("long_seq")
     run, records, *_ = read(path)
     readme = ROOT / "README.md"
     text = readme.read_text()
     wanted = section(text, "results", block(run, records, path))
-    wanted = section(section(wanted, "mechanisms", mechanisms()), "properties", properties())
+    for name, content in {"gallery": gallery(), "mechanisms": mechanisms(), "properties": properties()}.items():
+        wanted = section(wanted, name, content)
     if options.check:
         if text != wanted:
             print("README.md: a section is stale; run scripts/readme.py", file=sys.stderr)
         return int(text != wanted)
     readme.write_text(wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        write_report(records, [run], Path(folder), path.stem)
-        images = ROOT / "results" / "images"
-        images.mkdir(exist_ok=True)
-        for figure in ("latency", "error"):
-            shutil.copy(Path(folder) / "figures" / f"{figure}.png", images / f"long_seq_{figure}.png")
+    for sweep, figures in PICTURES.items():
+        draw(sweep, figures)
     return 0
+
+
+def newest(sweep: str) -> Path:
+    """The newest committed run of a sweep."""
+    return max(ROOT.glob(f"results/*/*-{sweep}-*.jsonl"), key=lambda path: path.name)
+
+
+def draw(sweep: str, figures: tuple[str, ...]) -> None:
+    """The pictures of a sweep, from the report of its newest run."""
+    run, records, *_ = read(newest(sweep))
+    (ROOT / IMAGES).mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_report(records, [run], Path(folder), sweep)
+        for figure in figures:
+            shutil.copy(Path(folder) / "figures" / f"{figure}.png", ROOT / IMAGES / f"{sweep}_{figure}.png")
+
+
+def gallery() -> str:
+    """More pictures, each with the command and the records that it comes from."""
+    lines = []
+    for (sweep, figure), caption in GALLERY.items():
+        path = newest(sweep).relative_to(ROOT)
+        lines += [f"**{caption}** `linbench run +sweep={sweep}`, [`{path.name}`]({path}):", ""]
+        lines += [f"![{caption}]({IMAGES}/{sweep}_{figure}.png)", ""]
+    return "\n".join(lines[:-1])
 
 
 def section(text: str, name: str, content: str) -> str:
@@ -103,9 +135,9 @@ def block(run: Run, records: list[Record], path: Path) -> str:
         f"torch {environment.torch}, fp32, B = 1, H = 8, D = 64), "
         f"[`{path.relative_to(ROOT)}`]({path.relative_to(ROOT)}):",
         "",
-        "![Latency over length](results/images/long_seq_latency.png)",
+        f"![Latency over length]({IMAGES}/long_seq_latency.png)",
         "",
-        "![Error over length](results/images/long_seq_error.png)",
+        f"![Error over length]({IMAGES}/long_seq_error.png)",
     ]
     names = make_look(points).names
     for answer in make_answers(points, crossings, names):

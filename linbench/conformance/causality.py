@@ -13,7 +13,6 @@ from torch import Tensor
 from linbench.conformance.finding import Finding, failed, not_applicable, within, worst
 from linbench.conformance.subject import Operands, Size, Subject, dtype_name, relative_error
 from linbench.mechanisms.base import extras_at
-from linbench.mechanisms.cores.cache import Cache, Ring
 
 SCALE = 40.0
 """The future is replaced by numbers of this standard deviation."""
@@ -180,14 +179,14 @@ def _token(x: Operands, token: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def tensors_of(state: Any) -> list[Tensor]:
-    """Every tensor in a nest of tuples, lists, dictionaries and dataclasses, each once; of caches what is filled."""
+    """Every tensor in a nest of tuples, lists, dictionaries and dataclasses, each once; of ``held()`` where it is."""
     found: dict[int, Tensor] = {}
     waiting = [state]
     while waiting:
         item = waiting.pop()
         if isinstance(item, Tensor):
             found[id(item)] = item
-        elif isinstance(item, Cache | Ring):
+        elif hasattr(item, "held"):
             waiting.extend(item.held())
         elif isinstance(item, dict):
             waiting.extend(item.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from linbench import inputs
 from linbench.cell import Cell
 from linbench.conformance.finding import Finding, failed, not_applicable, within, worst
-from linbench.conformance.subject import Operands, Subject, relative_error
+from linbench.conformance.subject import Operands, Size, Subject, relative_error
 from linbench.measure.exact import exact_attention
+from linbench.mechanisms import fused
 
 EXACT = 1e-12
 """What holds in exact arithmetic holds to this in fp64."""
@@ -83,6 +85,8 @@ def exact_limit(subject: Subject) -> Finding:
             return not_applicable("not claimed")
         at_limit = subject.tuned(**limit.hyperparameters)
         if (refusal := at_limit.refusal(size)) is not None:
+            if kernels_lack(at_limit, size):
+                return not_applicable(refusal)
             return failed(f"exact_limit({size.tokens}) names settings that it refuses: {refusal}")
         x = at_limit.draw(size)
         x = x._replace(extras=limit.extras(dict(x.extras)))
@@ -99,18 +103,31 @@ def target(subject: Subject, x: Operands) -> Tensor:
 
 
 def convergence(subject: Subject) -> Finding:
-    """The mean error over five seeds falls at every value of the hyperparameter that is named."""
+    """The mean error over five seeds falls at every value of the hyperparameter that is named.
+
+    Kernels that lack some of the values are tried at the others, if there are two.
+    """
     claim = subject.cls.claims.converges
     if claim is None:
         return not_applicable("not claimed")
-    errors = []
-    for value in claim.values:
-        tuned = subject.tuned(**claim.hyperparameters, **{claim.hyperparameter: value})
-        errors.append(sum(_error(tuned, seed) for seed in range(5)) / 5)
-    told = ", ".join(f"{value}: {error:.3g}" for value, error in zip(claim.values, errors, strict=True))
+    size = subject.size(1, 2, claim.length, 16, 16)
+    every = {x: subject.tuned(**claim.hyperparameters, **{claim.hyperparameter: x}) for x in claim.values}
+    lacking = {x: tuned for x, tuned in every.items() if kernels_lack(tuned, size)}
+    there = {x: tuned for x, tuned in every.items() if x not in lacking}
+    if len(there) < 2:
+        return not_applicable(f"too few values: {next(iter(lacking.values())).refusal(size)}")
+    errors = [sum(_error(tuned, seed) for seed in range(5)) / 5 for tuned in there.values()]
+    told = ", ".join(f"{value}: {error:.3g}" for value, error in zip(there, errors, strict=True))
     ratios = [after / before if before else torch.inf for before, after in pairwise(errors)]
     finding = within(max(ratios), 1.0, f"error by {claim.hyperparameter}: {told}")
     return failed(f"the error does not fall: {told}") if max(ratios) >= 1 else finding
+
+
+def kernels_lack(subject: Subject, size: Size) -> bool:
+    """Whether its kernels refuse what the reference takes."""
+    if subject.implementation != fused.NAME or subject.refusal(size) is None:
+        return False
+    return dataclasses.replace(subject, implementation="reference").refusal(size) is None
 
 
 def _error(subject: Subject, seed: int) -> float:

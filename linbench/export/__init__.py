@@ -13,7 +13,7 @@ Writer = Callable[[Sequence[Record], Sequence[Run], Path], None]
 FORMATS: dict[str, tuple[Writer, str]] = {
     "csv": (frame.write_csv, "one line for every cell"),
     "parquet": (frame.write_parquet, "the same with types, for pandas, polars, DuckDB; needs pyarrow"),
-    "latex": (latex.write, "a booktabs table of times, memory and errors for every setting"),
+    "latex": (latex.write, "a table (booktabs, graphicx) of times, memory and errors for every setting"),
     "pytest-benchmark": (pytest_benchmark.write, "JSON that `pytest-benchmark compare` reads"),
     "asv": (asv.write, "a results folder of airspeed velocity, one file for every machine and commit"),
     "bencher": (bencher.write, "Bencher Metric Format: `bencher run --adapter json --file`"),

@@ -131,11 +131,11 @@ def _result(cells: list[Timed], axes: dict[str, list[str]]) -> list[Any]:
         sum(one.record.elapsed_s for one in cells),
         [None if bounds is None else bounds[0] for bounds in intervals],
         [None if bounds is None else bounds[1] for bounds in intervals],
-        [None if one is None else next(iter(one.record.timings.values())).calls_per_sample for one in ordered],
+        [None if one is None else one.speed.calls_per_sample for one in ordered],
         [None if one is None else int(one.samples_s.size) for one in ordered],
     ]
 
 
 def _interval_s(one: Timed) -> tuple[float, float]:
-    found = pooled_median([speed.samples_ms for speed in one.record.timings.values()], 0.99)
+    found = pooled_median(one.record.samples_ms, 0.99)
     return found.low / 1e3, found.high / 1e3

@@ -21,7 +21,7 @@ def write(records: Sequence[Record], runs: Sequence[Run], path: Path) -> None:
 
 def _measures(one: Timed) -> dict[str, dict[str, float]]:
     record = one.record
-    latency = pooled_median([speed.samples_ms for speed in record.timings.values()])
+    latency = pooled_median(record.samples_ms)
     found = {
         "latency": {
             "value": latency.value * NS_PER_MS,

@@ -66,7 +66,7 @@ def _cell(record: Record) -> dict[str, Any]:
 
 
 def _latency(record: Record) -> dict[str, Any]:
-    groups = [speed.samples_ms for speed in record.timings.values()]
+    groups = record.samples_ms
     if not groups:
         return {}
     latency = pooled_median(groups)

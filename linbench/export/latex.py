@@ -1,6 +1,6 @@
 r"""Tables for a paper: one for every setting and quantity, a row for every series, a column for every length.
 
-They need ``\usepackage{booktabs}``.
+They need ``\usepackage{booktabs,graphicx}``: what is wider than a line is made as wide as one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from linbench.errors import UsageError
 from linbench.record import Record, Run, Status
 from linbench.report import units
 from linbench.report.names import series_names, setting_names
-from linbench.report.points import Point, Points, Setting, make_points
+from linbench.report.points import Point, Points, make_points
+from linbench.report.settings import Setting
 
 _SPECIAL = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -83,7 +84,7 @@ def _table(points: Points, setting: Setting, name: str, quantity: str) -> str | 
     }
     statuses = {(point.series, point.length): point.status for point in found}
     rows = []
-    names = series_names(points.series)
+    names = series_names(list(dict.fromkeys(point.series for point in found)))
     for series in dict.fromkeys(point.series for point in found if value(point) or _answered(point.status)):
         cells = [escaped(names[series])]
         for length in lengths:
@@ -102,13 +103,14 @@ def _table(points: Points, setting: Setting, name: str, quantity: str) -> str | 
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{caption}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * len(lengths)}}}",
             r"\toprule",
             head,
             r"\midrule",
             *rows,
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             r"\end{table}",
             "",
         ]

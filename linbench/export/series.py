@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from linbench.record import Environment, Record, Run
+from linbench.record import Environment, Record, Run, Speed
 
 UNSAID: dict[str, Any] = {"target": None, "hyperparameters": {}, "inputs_target": None, "device_parameters": {}}
 """Fields of a cell that a name leaves out where they have these values."""
@@ -28,6 +28,11 @@ class Timed:
     """Of all rounds."""
 
     @property
+    def speed(self) -> Speed:
+        """The first of its times that counts, for what all of them have in common."""
+        return next(iter(self.record.timings.values()))
+
+    @property
     def name(self) -> str:
         """``mechanism[length=128,…]``: the same for the same cell."""
         return f"{self.record.cell.mechanism}[{','.join(f'{key}={value}' for key, value in self.parameters.items())}]"
@@ -41,7 +46,7 @@ def timed(records: Sequence[Record], runs: Sequence[Run]) -> list[Timed]:
             record,
             environments.get(record.run),
             _parameters(record),
-            np.concatenate([np.asarray(speed.samples_ms) for speed in record.timings.values()]) / 1e3,
+            np.concatenate(record.samples_ms) / 1e3,
         )
         for record in records
         if record.timings

@@ -1,4 +1,4 @@
-"""``linbench gate``: the flags of the gate first, then the words that every sweep takes."""
+"""``linbench gate speed``: the flags of the gate, then the words that every sweep takes. ``costs`` has its own."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from linbench.verbs import VERBS, Parser
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-GATES = ("speed",)
+GATES = ("speed", "costs")
 
 
 def run(argv: Sequence[str]) -> int:
     """Compare two versions of the code.
 
     Returns:
-        0 pass, 1 slower or wrong, 3 undecided, 4 invalid.
+        0 pass, 1 slower, wrong or costlier, 3 undecided, 4 invalid.
 
     Raises:
         UsageError: bad words, or no such commit.
     """
     if not argv or argv[0] not in (*GATES, "-h", "--help"):
         raise UsageError(f"gate: choose from {', '.join(GATES)}, as in linbench gate speed --base main +sweep=gate")
+    if argv[0] == "costs":
+        from linbench.gate import costs_command
+
+        return costs_command.run(argv[1:])
     parser = Parser(prog="linbench gate speed", description=VERBS["gate"], epilog="Further words compose the sweep.")
     parser.add_argument("--base", required=True, help="commit, branch or tag to compare with")
     parser.add_argument("--head", help="commit, branch or tag (default: the working tree)")

@@ -11,7 +11,7 @@ from rich.table import Table
 from linbench.check_table import console
 from linbench.gate.speed import Finding, Result
 from linbench.gate.statistics import Verdict
-from linbench.stats import Estimate
+from linbench.report.units import near_one
 
 STYLES = {
     Verdict.PASS: "",
@@ -72,14 +72,10 @@ def _commits(result: Result) -> list[str]:
 def _row(finding: Finding) -> list[str]:
     return [
         finding.cell.label,
-        _interval(finding.ratio),
+        near_one(finding.ratio),
         "" if finding.smallest is None else f"{finding.smallest:.3f}",
         "" if finding.p_slower is None else f"{finding.p_slower:.3f}",
         "" if finding.floor is None else f"{finding.floor:.1%}",
         str(finding.blocks),
         str(finding.verdict),
     ]
-
-
-def _interval(ratio: Estimate | None) -> str:
-    return "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"

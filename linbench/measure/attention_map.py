@@ -23,8 +23,8 @@ from torch import Tensor
 
 from linbench.measure.call import Call
 from linbench.measure.error import Sample, sample_rows
-from linbench.measure.ranks import effective_rank, numerical_rank, singular_values
-from linbench.record import AttentionMap
+from linbench.measure.ranks import effective_rank, numerical_rank, singular_values, spectrum
+from linbench.record import AttentionMap, MapPicture
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far A v may be from the output, relative: rounding, and errors of the path, but no other operator."""
@@ -49,7 +49,9 @@ class Maps(NamedTuple):
     """Relative distance of A v and the output at the sampled rows."""
 
 
-def measure_attention_map(call: Call, output: Tensor, *, rows: int, top: int, channel_tokens: int) -> AttentionMap:
+def measure_attention_map(
+    call: Call, output: Tensor, *, rows: int, top: int, channel_tokens: int, picture: int = 0
+) -> AttentionMap:
     """Probe, and compare with softmax.
 
     Args:
@@ -58,6 +60,7 @@ def measure_attention_map(call: Call, output: Tensor, *, rows: int, top: int, ch
         rows: query positions in the sample.
         top: k of the overlap of the k largest weights.
         channel_tokens: longest sequence for which maps of single channels are probed, one call a key.
+        picture: rows and columns of the picture that is kept; 0 for none.
 
     Raises:
         NoMapError: the operator is not linear in v, or maps of channels would need too many calls.
@@ -90,6 +93,9 @@ def measure_attention_map(call: Call, output: Tensor, *, rows: int, top: int, ch
         exact_numerical_rank=numerical_rank(exact_values),
         distance_tokens=_mean(_distance(found, positions), weights),
         exact_distance_tokens=_mean(_distance(exact, positions), weights),
+        singular_values=spectrum(values),
+        exact_singular_values=spectrum(exact_values),
+        picture=_picture(maps, picture) if picture else None,
     )
 
 
@@ -201,6 +207,24 @@ def _overlap(maps: Maps, top: int, *, causal: bool) -> float | None:
         for x in (maps.found[:, rows], _like(maps.exact, maps.found)[:, rows])
     )
     return _mean((ours * theirs).sum(-1) / top, maps.sample.weights[rows])
+
+
+def _picture(maps: Maps, size: int) -> MapPicture:
+    """The first map and its head's softmax: rows are means over neighbours in the sample, columns sums over keys."""
+    length = maps.found.shape[-1]
+    rows = torch.arange(len(maps.sample.positions)).tensor_split(min(size, len(maps.sample.positions)))
+    keys = torch.arange(length).tensor_split(min(size, length))
+
+    def coarse(matrix: Tensor) -> list[list[float]]:
+        blocks = [[matrix[own][:, under].sum(-1).mean() for under in keys] for own in rows]
+        return [[float(f"{float(weight):.3g}") for weight in row] for row in blocks]
+
+    return MapPicture(
+        queries=[int(maps.sample.positions[own[0]]) for own in rows],
+        keys=[int(under[0]) for under in keys],
+        weights=coarse(maps.found[0].cpu()),
+        exact_weights=coarse(maps.exact[0].cpu()),
+    )
 
 
 def _distance(rows: Tensor, positions: Tensor) -> Tensor:

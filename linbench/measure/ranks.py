@@ -18,6 +18,12 @@ def singular_values(matrices: Tensor) -> Tensor:
     return values
 
 
+def spectrum(values: Tensor, most: int = 128) -> list[float]:
+    """The first ``most`` singular values over the largest, means over the matrices, to four digits."""
+    shares = values / values[..., :1].clamp_min(torch.finfo(values.dtype).tiny)
+    return [float(f"{share:.4g}") for share in shares.flatten(0, -2).mean(0)[:most].tolist()]
+
+
 def effective_rank(values: Tensor) -> float:
     """Mean of exp(entropy of values / their sum); 0 for a matrix of zeros."""
     shares = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)

@@ -1,8 +1,9 @@
 """The ``structure`` measure: ranks of the output of a head, and the attention map that the mechanism implies.
 
-Protocol 2. Ranks are those of :mod:`linbench.measure.ranks`, of the rows as they are (nothing is centred), in fp64,
-beside those of exact softmax. The map is that of :mod:`linbench.measure.attention_map`; an operator that applies no
-matrix to the values has none, with the reason.
+Protocol 3 (2 kept neither singular values nor a picture of the map). Ranks are those of
+:mod:`linbench.measure.ranks`, of the rows as they are (nothing is centred), in fp64, beside those of exact softmax. The
+map is that of :mod:`linbench.measure.attention_map`; an operator that applies no matrix to the values has none, with
+the reason.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ from linbench.measure.attention_map import NoMapError, measure_attention_map
 from linbench.measure.call import Call
 from linbench.measure.error import sample_rows
 from linbench.measure.exact import exact_attention
-from linbench.measure.ranks import effective_rank, numerical_rank, singular_values
+from linbench.measure.ranks import effective_rank, numerical_rank, singular_values, spectrum
 from linbench.record import Structure
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 def measure_structure(
-    call: Call, output: Tensor, *, rows: int = 2048, map_rows: int = 128, top: int = 16, channel_tokens: int = 1024
+    call: Call,
+    output: Tensor,
+    *,
+    rows: int = 2048,
+    map_rows: int = 128,
+    top: int = 16,
+    channel_tokens: int = 1024,
+    picture: int = 0,
 ) -> Structure:
     """Ranks of the checked output and of the truth, and the map.
 
@@ -32,6 +40,7 @@ def measure_structure(
         map_rows: query positions whose rows of the map are looked at; 0 for no map.
         top: how many of the largest weights of softmax are looked for among those of the map.
         channel_tokens: longest sequence for which maps of single channels are probed, which takes a call for each key.
+        picture: rows and columns of the picture of the map that is kept; 0 for none.
     """
     cell = call.cell
     sample = sample_rows(cell.length, rows, torch.Generator().manual_seed(cell.seed), causal=cell.causal)
@@ -41,7 +50,9 @@ def measure_structure(
     attention, reason = None, None
     if map_rows:
         try:
-            attention = measure_attention_map(call, output, rows=map_rows, top=top, channel_tokens=channel_tokens)
+            attention = measure_attention_map(
+                call, output, rows=map_rows, top=top, channel_tokens=channel_tokens, picture=picture
+            )
         except NoMapError as error:
             reason = str(error)
     return Structure(
@@ -53,6 +64,8 @@ def measure_structure(
         output_numerical_rank=numerical_rank(found),
         exact_effective_rank=effective_rank(exact),
         exact_numerical_rank=numerical_rank(exact),
+        output_singular_values=spectrum(found),
+        exact_singular_values=spectrum(exact),
         attention=attention,
         attention_reason=reason,
     )

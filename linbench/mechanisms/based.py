@@ -17,7 +17,15 @@ from linbench.mechanisms.base import Description, Geometry
 from linbench.mechanisms.claims import Claims, Convergence, ExactLimit
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
 from linbench.mechanisms.cores.cache import Ring
-from linbench.mechanisms.cores.chunked import ChunkedAttention, Operator, compute_dtype, guarded, walk_slabs, with_ones
+from linbench.mechanisms.cores.chunked import (
+    Checkpoint,
+    ChunkedAttention,
+    Operator,
+    compute_dtype,
+    guarded,
+    walk_slabs,
+    with_ones,
+)
 from linbench.mechanisms.cores.features import FeatureMap
 from linbench.mechanisms.cores.monomials import Monomials, TaylorFeatures, taylor_chunk
 from linbench.mechanisms.cores.window import window_sums
@@ -136,20 +144,67 @@ class Based(AdditiveState):
         Raises:
             UsageError: the kernels cannot run here, or have no such form.
         """
+        return self._fused(q, k, v)[0]
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, return_state: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The output, and the sums over the keys outside the window where they are wanted and there are any."""
         self.check(q, k)
+        self._require_kernels(q)
+        from linbench_kernels import second_order, window
+
+        beside = logs = sums = None
+        if q.shape[2] > self.window:
+            queries, keys = (x.to(v.dtype) for x in self.prepared(q, k))
+            options = {"scale": self.monomials.variables**-0.5, "delay": self.window}
+            beside, logs, sums = second_order.attention(queries, keys, v, **options, return_state=return_state)
+            if self.window == 0:
+                return beside, sums
+        return window.attention(q, k, v, window=self.window, beside=beside, beside_logs=logs), sums
+
+    def _require_kernels(self, q: Tensor) -> None:
         reason = unavailable(q.device.type, self.causal) or self._without_kernels()
         if reason is not None:
             raise UsageError(reason)
+
+    @torch.no_grad()
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+        """The forward, whose sums over far keys end in the state, and the window of the last token.
+
+        Raises:
+            UsageError: as in :meth:`forward_triton`.
+        """
+        self.require_decoding()
+        out, sums = self._fused(q, k, v, return_state=True)
+        state = self.initial_state(q.shape[0], q.device, q.dtype)
+        if self.window == 0:
+            assert sums is not None, "it was asked for"
+            return out, Checkpoint(sums, None)
+        return out, WindowState(state.sums if sums is None else sums, state.ring.extended(k, with_ones(v)))
+
+    @torch.no_grad()
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Two launches: the key that leaves the window joins the sums in place, and the query reads window and sums.
+
+        Raises:
+            UsageError: as in :meth:`forward_triton`.
+        """
+        self._require_kernels(q)
         from linbench_kernels import second_order, window
 
-        beside = logs = None
-        if q.shape[2] > self.window:
-            queries, keys = (x.to(v.dtype) for x in self.prepared(q, k))
-            scale = self.monomials.variables**-0.5
-            beside, logs, _ = second_order.attention(queries, keys, v, scale=scale, delay=self.window)
-            if self.window == 0:
-                return beside
-        return window.attention(q, k, v, window=self.window, beside=beside, beside_logs=logs)
+        scale = self.monomials.variables**-0.5
+        if self.window == 0:
+            queries, keys = (x.squeeze(2).to(v.dtype) for x in self.prepared(q[:, :, None], k[:, :, None]))
+            return second_order.step(queries, keys, v, state.state, scale=scale)[0], state
+        ring = state.ring.append(k, with_ones(v))
+        keys, values = ring.key_rows[:, :, : ring.filled], ring.value_rows[:, :, : ring.filled, :-1]
+        wide, leaving, beside, logs = q.to(keys.dtype), None, None, None
+        if state.ring.count >= self.window:
+            leaving = ring.row(state.ring.count - self.window)
+            far = self.prepared(wide[:, :, None], keys[:, :, leaving, None])
+            query, key = (x.squeeze(2) for x in far)
+            beside, logs = second_order.step(query, key, values[:, :, leaving], state.sums, scale=scale)
+        out = window.step(wide, keys, values, without=leaving, beside=beside, beside_logs=logs)
+        return out.to(v.dtype), WindowState(state.sums, ring)
 
     def unsupported(self, cell: Cell) -> str | None:
         """Besides what nobody can run: polynomials that no kernel has."""

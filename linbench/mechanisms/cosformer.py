@@ -91,6 +91,20 @@ class CosFormer(AdditiveState):
         """Fused, the causal form: one kernel forward, two backward; features are never written."""
         return self.fused_features(q, k, v, "turned", horizon=self.horizon(q.shape[-2], k.shape[-2]))
 
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+        """The forward, which has the state at its end."""
+        self.require_decoding()
+        horizon = self.horizon(q.shape[-2], k.shape[-2])
+        out, sums = self.fused_features_prefill(q, k, v, "turned", horizon=horizon)
+        return out, (sums, q.shape[2])
+
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One launch that reads the state and writes it once."""
+        sums, position = state
+        horizon = self.horizon(position + 1, position + 1)
+        out, sums = self.fused_features_step(q, k, v, sums, "turned", horizon=horizon, position=position)
+        return out, (sums, position + 1)
+
     @staticmethod
     def turned(positions: Tensor, horizon: int, like: Tensor) -> Turned:
         """The map of some positions, fp64 ``[L]``."""

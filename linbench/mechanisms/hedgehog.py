@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from linbench.mechanisms.base import Description, Geometry
 from linbench.mechanisms.claims import Claims
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
-from linbench.mechanisms.cores.chunked import compute_dtype, guarded
+from linbench.mechanisms.cores.chunked import Checkpoint, compute_dtype, guarded
 from linbench.mechanisms.cores.features import FeatureMap, SplitSoftmax
 
 
@@ -54,9 +54,20 @@ class Hedgehog(AdditiveState):
 
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fused, the causal form: one kernel forward, two backward; neither W q nor features are ever written."""
+        return self.fused_features(q, k, v, **self.kernel_map(q))
+
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Checkpoint]:
+        """The forward, which has the state at its end."""
+        return self.fused_features_prefill(q, k, v, **self.kernel_map(q))
+
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint) -> tuple[Tensor, Checkpoint]:
+        """One launch that reads the state and writes it once."""
+        return self.fused_features_step(q, k, v, state, **self.kernel_map(q))
+
+    def kernel_map(self, q: Tensor) -> dict[str, Any]:
+        """What kernels are told of φ."""
         dtype = compute_dtype(q)
-        maps = {"query_map": self.query_map.to(dtype), "key_map": self.key_map.to(dtype)}
-        return self.fused_features(q, k, v, "softmaxes", **maps)
+        return {"feature": "softmaxes", "query_map": self.query_map.to(dtype), "key_map": self.key_map.to(dtype)}
 
     def weights(self, q: Tensor, k: Tensor, rows: Tensor | None = None) -> Tensor:
         """The attention weights of the given rows, ``[B, H, R, N_k]``; what distillation fits to those of softmax."""

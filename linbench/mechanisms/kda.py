@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.cores.delta_rule import DeltaRule
-from linbench.mechanisms.fused import unavailable
+from linbench.mechanisms.fused import require
 from linbench.mechanisms.gated_deltanet import DecayGate
 
 
@@ -47,9 +47,26 @@ class KimiDeltaAttention(DeltaRule):
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         """Fused: two kernels forward and four backward, for which a state is stored every 128 tokens."""
         self.check(q, k, extras)
-        if (reason := unavailable(q.device.type)) is not None:
-            raise UsageError(reason)
+        require(q.device.type)
         from linbench_kernels.channel_delta import attention
 
-        beta, scale = extras["beta"] * self.strength, q.shape[-1] ** -0.5
-        return attention(q, k, v, extras["log_decay"], beta=beta, scale=scale)[0]
+        return attention(**self.kernel_operands(q, k, v, extras))[0]
+
+    @torch.no_grad()
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward, which has the state at its end."""
+        self.check(q, k, extras)
+        require(q.device.type)
+        from linbench_kernels.channel_delta import attention
+
+        out, state = attention(**self.kernel_operands(q, k, v, extras), return_state=True)
+        assert state is not None, "it was asked for"
+        return out, state
+
+    @torch.no_grad()
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """One launch that reads the state and writes it once."""
+        require(q.device.type)
+        from linbench_kernels.channel_delta import step
+
+        return step(**self.kernel_operands(q, k, v, extras), state=state), state

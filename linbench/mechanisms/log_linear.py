@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -18,12 +19,30 @@ from linbench.mechanisms.fused import require
 from linbench.mechanisms.gated_deltanet import DecayGate
 
 
-class Levels(NamedTuple):
+@dataclass(frozen=True)
+class Levels:
     """The states after some tokens."""
 
+    rows: Tensor
+    """``[B, H, levels, D, M]``, of which some levels hold something, and others anything."""
     tokens: int
-    states: dict[int, Tensor]
-    """By level, ``[B, H, D, M]`` each; only those that hold something."""
+
+    @property
+    def levels(self) -> list[int]:
+        """Those that hold something: of the last token, and of every set bit of its position."""
+        return levels_held(self.tokens, self.rows.shape[2])
+
+    def held(self) -> tuple[Tensor, ...]:
+        """What the tokens so far take."""
+        return tuple(self.rows[:, :, level] for level in self.levels)
+
+
+def levels_held(tokens: int, levels: int) -> list[int]:
+    """The levels that hold something after so many tokens; 0 holds the last one."""
+    last = tokens - 1
+    return sorted(
+        {0, *(min(bit + 1, levels - 1) for bit in range(last.bit_length()) if last >> bit & 1)} if tokens else ()
+    )
 
 
 class LogLinear(CausalOnly):
@@ -99,36 +118,64 @@ class LogLinear(CausalOnly):
         return attention(q, k, v, extras["log_decay"], extras["level_weights"])
 
     @torch.no_grad()
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Levels]:
+        """The forward, and the states as :meth:`prefill` makes them.
+
+        Raises:
+            UsageError: the kernels cannot run here.
+        """
+        return self.forward_triton(q, k, v, **extras), self._last_levels(k, v, extras["log_decay"])
+
+    @torch.no_grad()
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Levels, **extras: Tensor) -> tuple[Tensor, Levels]:
+        """One launch that reads the levels that hold something and writes them once.
+
+        Raises:
+            UsageError: the kernels cannot run here.
+        """
+        require(q.device.type)
+        from linbench_kernels.log_linear import step
+
+        out = step(q, k, v, extras["log_decay"], extras["level_weights"], state.rows, position=state.tokens)
+        return out, Levels(state.rows, state.tokens + 1)
+
+    @torch.no_grad()
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Levels]:
         """The fast path, and one product of keys and values for the states: its tree keeps those of chunks only."""
-        out = self.forward_torch(q, k, v, **extras)
+        return self.forward_torch(q, k, v, **extras), self._last_levels(k, v, extras["log_decay"])
+
+    def _last_levels(self, k: Tensor, v: Tensor, log_decay: Tensor) -> Levels:
+        """The states after all tokens."""
         dtype = compute_dtype(v)
-        states: dict[int, Tensor] = {}
-        for level, state in last_states(k.to(dtype), v.to(dtype), extras["log_decay"]):
-            kept = min(level, self.levels - 1)
-            states[kept] = states[kept] + state if kept in states else state
-        return out, Levels(q.shape[2], states)
+        rows = self.initial_state(k.shape[0], k.device, v.dtype).rows
+        for level, state in last_states(k.to(dtype), v.to(dtype), log_decay):
+            rows[:, :, min(level, self.levels - 1)] += state
+        return Levels(rows, k.shape[2])
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Levels:
-        """Nothing."""
-        return Levels(0, {})
+        """Nothing, and room for all levels in fp32 or fp64."""
+        about = self.geometry
+        shape = (batch, about.heads, self.levels, about.key_dim, about.value_dim)
+        return Levels(torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)), 0)
 
+    @torch.no_grad()
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Levels, **extras: Tensor) -> tuple[Tensor, Levels]:
         """Merge the levels that the position completes, decay all of them, and read each with its weight."""
-        dtype = compute_dtype(v)
-        position, states = state.tokens, dict(state.states)
-        if position:
-            merged = min((position & -position).bit_length(), self.levels - 1)
-            lower = [states.pop(level) for level in sorted(states) if level <= merged]
-            states[merged] = torch.stack(lower).sum(0)
+        dtype, position = compute_dtype(v), state.tokens
+        merged = min((position & -position).bit_length(), self.levels - 1)
         decay = extras["log_decay"].to(dtype).exp()[..., None, None]
-        states = {level: past * decay for level, past in states.items()}
         new = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]
-        states[0] = states[0] + new if 0 in states else new
+        after = Levels(torch.empty_like(state.rows), position + 1)
+        lower = [state.rows[:, :, level] for level in state.levels if level <= merged]
+        for level in state.levels[len(lower) :]:
+            torch.mul(state.rows[:, :, level], decay, out=after.rows[:, :, level])
+        if lower:
+            torch.mul(torch.stack(lower).sum(0), decay, out=after.rows[:, :, merged])
+        after.rows[:, :, 0] = after.rows[:, :, 0] + new if lower and merged == 0 else new
         weights = extras["level_weights"].to(dtype)
-        read = torch.stack([weights[..., level, None, None] * past for level, past in states.items()]).sum(0)
+        read = torch.stack([weights[..., x, None, None] * after.rows[:, :, x] for x in after.levels]).sum(0)
         out = (q.to(dtype)[..., None, :] @ read).squeeze(-2)
-        return out.to(v.dtype), Levels(position + 1, states)
+        return out.to(v.dtype), after
 
     def flops(self, cell: Cell) -> int:
         """Matrix products: pairs inside chunks, a state per chunk, and one read for every set bit of a chunk's number.
@@ -146,7 +193,7 @@ class LogLinear(CausalOnly):
 
     def decode_flops(self, cell: Cell) -> int:
         """2DM for the new token, for every level that is weighed, and for reading their sum."""
-        levels = len(self._levels_held(cell.length))
+        levels = len(levels_held(cell.length, self.levels))
         return 2 * cell.batch * cell.heads * cell.head_dim * cell.value_dim * (levels + 2)
 
     def decode_bytes(self, cell: Cell) -> int:
@@ -155,18 +202,13 @@ class LogLinear(CausalOnly):
         states = [self.state_bytes(length, dtype) or 0 for length in (cell.length - 1, cell.length)]
         return self.token_bytes(cell) + cell.batch * sum(states)
 
-    def _levels_held(self, length: int) -> set[int]:
-        """Of the last token, and of every set bit of its position."""
-        last = max(length - 1, 0)
-        return {0, *(min(bit + 1, self.levels - 1) for bit in range(last.bit_length()) if last >> bit & 1)}
-
     def state_bytes(self, length: int, dtype: torch.dtype) -> int | None:
         """One state of D × M per head for the last token and for every set bit of its position."""
         if not self.causal:
             return None
         element = torch.promote_types(dtype, torch.float32).itemsize
         per_level = self.geometry.heads * self.geometry.key_dim * self.geometry.value_dim * element
-        return len(self._levels_held(length)) * per_level
+        return len(levels_held(length, self.levels)) * per_level
 
 
 def set_bits(count: int) -> int:

@@ -10,12 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from linbench.cell import Cell
-from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.recurrence import Recurrence
 from linbench.mechanisms.cores.selective import Tokens, scanned, selective_scan
-from linbench.mechanisms.fused import unavailable
+from linbench.mechanisms.fused import require
 
 
 class Mamba(Recurrence):
@@ -93,12 +92,32 @@ class Mamba(Recurrence):
             UsageError: the kernels cannot run here.
         """
         self.check(q, k, {"step_size": step_size})
-        if (reason := unavailable(q.device.type)) is not None:
-            raise UsageError(reason)
+        require(q.device.type)
         from linbench_kernels.selective_scan import scan
 
         rate, skip = (x.to(compute_dtype(v)) for x in self.weights)
         return scan(q, k, v, step_size, rate, skip=skip)[0]
+
+    @torch.no_grad()
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor, step_size: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward, which has the state at its end."""
+        self.check(q, k, {"step_size": step_size})
+        require(q.device.type)
+        from linbench_kernels.selective_scan import scan
+
+        rate, skip = (x.to(compute_dtype(v)) for x in self.weights)
+        out, state = scan(q, k, v, step_size, rate, skip=skip, return_state=True)
+        assert state is not None, "it was asked for"
+        return out, state
+
+    @torch.no_grad()
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, step_size: Tensor) -> tuple[Tensor, Tensor]:
+        """One launch that reads the state and writes it once."""
+        require(q.device.type)
+        from linbench_kernels.selective_scan import step
+
+        rate, skip = (x.to(compute_dtype(v)) for x in self.weights)
+        return step(q, k, v, state, step_size, rate, skip=skip), state
 
     def _cast_weights(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """A transposed, ``[H, D, M]``, and skip ``[H, M]``, in the dtype of the computation."""

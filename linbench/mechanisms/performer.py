@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from linbench.cell import Cell
 from linbench.mechanisms.base import Description, Geometry, KernelEstimator
 from linbench.mechanisms.claims import Claims, Convergence
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
-from linbench.mechanisms.cores.chunked import compute_dtype, guarded
+from linbench.mechanisms.cores.chunked import Checkpoint, compute_dtype, guarded
 from linbench.mechanisms.cores.features import FeatureMap, PositiveRandomFeatures
 from linbench.mechanisms.fused import too_wide
 
@@ -75,10 +75,21 @@ class Performer(AdditiveState, KernelEstimator):
 
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fused, the causal form: one kernel forward, two backward; features are never written."""
+        return self.fused_features(q, k, v, **self.kernel_map(q))
+
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Checkpoint]:
+        """The forward, which has the state at its end."""
+        return self.fused_features_prefill(q, k, v, **self.kernel_map(q))
+
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint) -> tuple[Tensor, Checkpoint]:
+        """One launch that reads the state and writes it once."""
+        return self.fused_features_step(q, k, v, state, **self.kernel_map(q))
+
+    def kernel_map(self, q: Tensor) -> dict[str, Any]:
+        """What kernels are told of φ."""
         rows = self.projection[: self.projections].to(compute_dtype(q))
         projection = rows.mT.expand(q.shape[1], -1, -1)
-        feature = "hyperbolic" if self.hyperbolic else "positive"
-        return self.fused_features(q, k, v, feature, query_map=projection)
+        return {"feature": "hyperbolic" if self.hyperbolic else "positive", "query_map": projection}
 
     def unsupported(self, cell: Cell) -> str | None:
         """Also more projections than a kernel takes."""

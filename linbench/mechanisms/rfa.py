@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +109,20 @@ class RFA(AdditiveState):
         """Fused, the causal form without a gate: one kernel forward, two backward; features are never written."""
         if log_decay is not None:
             raise UsageError("rfa, gated, has no triton kernels")
+        return self.fused_features(q, k, v, **self.kernel_map(q))
+
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Checkpoint]:
+        """The forward, which has the state at its end."""
+        return self.fused_features_prefill(q, k, v, **self.kernel_map(q))
+
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint) -> tuple[Tensor, Checkpoint]:
+        """One launch that reads the state and writes it once."""
+        return self.fused_features_step(q, k, v, state, **self.kernel_map(q))
+
+    def kernel_map(self, q: Tensor) -> dict[str, Any]:
+        """What kernels are told of φ."""
         weight = (self.sigma * self.gaussian).mT.to(compute_dtype(q))
-        return self.fused_features(q, k, v, "fourier", query_map=weight)
+        return {"feature": "fourier", "query_map": weight}
 
     @torch.no_grad()
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Checkpoint]:

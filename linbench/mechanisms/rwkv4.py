@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.pooling_scan import pooled, pooling_scan
 from linbench.mechanisms.cores.recurrence import Recurrence
 from linbench.mechanisms.cores.segments import State
-from linbench.mechanisms.fused import unavailable
+from linbench.mechanisms.fused import require
 
 
 class RWKV4(Recurrence):
@@ -62,7 +62,8 @@ class RWKV4(Recurrence):
     def reference(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, **extras: Tensor) -> Tensor:
         """The recurrence, one token after the other, up to the last row."""
         self._check(q, k, v)
-        return self.walked(advance, self.initial_state(q.shape[0], q.device, compute_dtype(v)), rows, q, k, v)
+        start = self.initial_state(q.shape[0], q.device, compute_dtype(v)).unbind(2)
+        return self.walked(advance, start, rows, q, k, v)
 
     def forward_torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Runs of tokens that stay in the cache, with a hand-written backward; see ``cores.pooling_scan``."""
@@ -76,30 +77,49 @@ class RWKV4(Recurrence):
             UsageError: the kernels cannot run here.
         """
         self._check(q, k, v)
-        if (reason := unavailable(q.device.type)) is not None:
-            raise UsageError(reason)
+        require(q.device.type)
         from linbench_kernels.wkv import scan
 
         return scan(q, k, v, *(x.to(compute_dtype(v)) for x in self.weights))[0]
 
     @torch.no_grad()
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, State]:
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward, which has the state at its end."""
+        self._check(q, k, v)
+        require(q.device.type)
+        from linbench_kernels.wkv import scan
+
+        out, state = scan(q, k, v, *(x.to(compute_dtype(v)) for x in self.weights), return_state=True)
+        assert state is not None, "it was asked for"
+        return out, state
+
+    @torch.no_grad()
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One launch that reads the state and writes it once."""
+        require(q.device.type)
+        from linbench_kernels.wkv import step
+
+        return step(q, k, v, state, *(x.to(compute_dtype(v)) for x in self.weights)), state
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
         """The runs of the fast path, which have the sums and their level at their end."""
         self._check(q, k, v)
         rate, bonus = (x.to(compute_dtype(v)) for x in self.weights)
         out, after = pooled(q, k, v, rate, bonus)
-        return out, (after.sums[0], after.sums[1], after.level)
+        return out, torch.stack((after.sums[0], after.sums[1], after.level), 2)
 
-    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
-        """Numerator and denominator 0 at level −∞, each ``[B, H, M]`` in fp32 or fp64."""
-        like = torch.zeros((batch, *self.bonus.shape), device=device, dtype=torch.promote_types(dtype, torch.float32))
-        return like, like.clone(), torch.full_like(like, -torch.inf)
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Numerator and denominator 0 at level −∞, ``[B, H, 3, M]`` in fp32 or fp64."""
+        heads, width = self.bonus.shape
+        state = torch.zeros(batch, heads, 3, width, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        state[:, :, 2] = -torch.inf
+        return state
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, state: State, **extras: Tensor) -> tuple[Tensor, State]:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
         """One token: q, k and v ``[B, H, M]``."""
-        dtype = state[0].dtype
-        out, after = advance(state, *(x.to(dtype) for x in (q, k, v, *self.weights)))
-        return out.to(v.dtype), after
+        out, after = advance(state.unbind(2), *(x.to(state.dtype) for x in (q, k, v, *self.weights)))
+        return out.to(v.dtype), torch.stack(after, 2)
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -126,8 +146,7 @@ class RWKV4(Recurrence):
         """Three numbers per channel: independent of ``length``."""
         if not self.causal:
             return None
-        state: State = self.initial_state(1, torch.device("cpu"), dtype)
-        return sum(part.nbytes for part in state)
+        return self.initial_state(1, torch.device("cpu"), dtype).nbytes
 
 
 def advance(state: State, *operands: Tensor) -> tuple[Tensor, State]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Gate, Geometry
 from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.delta import Operands
 from linbench.mechanisms.cores.delta_state import DeltaState, Unit, unit
 from linbench.mechanisms.cores.segments import State
-from linbench.mechanisms.fused import unavailable
+from linbench.mechanisms.fused import require
 
 
 class RWKV7(DeltaState):
@@ -89,13 +88,36 @@ class RWKV7(DeltaState):
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         """Two kernels forward and four backward, after torch has made what is removed and written of the inputs."""
         self.check(q, k, extras)
-        if (reason := unavailable(q.device.type)) is not None:
-            raise UsageError(reason)
+        require(q.device.type)
         from linbench_kernels.channel_delta import attention
 
-        precise = compute_dtype(v)
-        weights = (weight.to(precise) for weight in self.weights)
+        return attention(**self.kernel_operands(q, k, v, extras))[0]
+
+    @torch.no_grad()
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward, which has the state at its end."""
+        self.check(q, k, extras)
+        require(q.device.type)
+        from linbench_kernels.channel_delta import attention
+
+        out, state = attention(**self.kernel_operands(q, k, v, extras), return_state=True)
+        assert state is not None, "it was asked for"
+        return out, state
+
+    @torch.no_grad()
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, **extras: Tensor) -> tuple[Tensor, Tensor]:
+        """One launch that reads the state and writes it once."""
+        require(q.device.type)
+        from linbench_kernels.channel_delta import step
+
+        return step(**self.kernel_operands(q, k, v, extras), state=state), state
+
+    def kernel_operands(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Tensor]) -> dict[str, Any]:
+        """What is removed and written of a sequence or of a token, by the names that the kernels have for them."""
+        precise, token = compute_dtype(v), q.ndim == 3
+        weights = (weight.squeeze(1).to(precise) if token else weight.to(precise) for weight in self.weights)
         x = self.operands(q, k.to(precise), v, extras, *weights)
         assert x.keys is not None
         removed, written, keys = (y.to(v.dtype) for y in (-x.read, x.write, x.keys))
-        return attention(q, keys, v, extras["log_decay"], removed=removed, written=written)[0]
+        told = {"log_decay": extras["log_decay"], "removed": removed, "written": written}
+        return {"q": q, "k": keys, "v": v, **told}

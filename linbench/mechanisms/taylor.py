@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor
 from linbench.mechanisms.base import Description, Geometry
 from linbench.mechanisms.claims import Claims, Convergence
 from linbench.mechanisms.cores.additive import AdditiveState, chosen, visible
-from linbench.mechanisms.cores.chunked import guarded
+from linbench.mechanisms.cores.chunked import Checkpoint, guarded
 from linbench.mechanisms.cores.features import FeatureMap, UnitAndOne, unit
 
 
@@ -55,7 +55,19 @@ class Taylor(AdditiveState):
 
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fused, the causal form: one kernel forward, two backward; unit vectors are never written."""
-        return self.fused_features(q, k, v, "unit", sharpness=self.sharpness)
+        return self.fused_features(q, k, v, **self.kernel_map(q))
+
+    def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Checkpoint]:
+        """The forward, which has the state at its end."""
+        return self.fused_features_prefill(q, k, v, **self.kernel_map(q))
+
+    def step_triton(self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint) -> tuple[Tensor, Checkpoint]:
+        """One launch that reads the state and writes it once."""
+        return self.fused_features_step(q, k, v, state, **self.kernel_map(q))
+
+    def kernel_map(self, q: Tensor) -> dict[str, Any]:
+        """What kernels are told of φ."""
+        return {"feature": "unit", "sharpness": self.sharpness}
 
     def logits(self, q: Tensor, k: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The t cos(q_i, k_j) of the given rows, and which of them count; all when None."""

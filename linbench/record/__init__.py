@@ -10,12 +10,23 @@ Schema history (the number is in every line that is written; readers keep every 
 4. Rounds in processes of several servers; evidence of what disturbed a time; peaks of the device; cold starts and
    frontiers; passes ``prefill`` and ``decode``; what is kept for the backward and for the next token.
 5. ``configurations``: how the fused kernels of a cell were compiled.
+6. ``structure`` has singular values and a coarse picture of the attention map.
 """
 
 from linbench.record.base import MEASURED, SCHEMA_VERSION, Block, Status
 from linbench.record.environment import Environment, Peaks
 from linbench.record.frontier import Frontier, Probe
-from linbench.record.judgement import AttentionMap, Check, Cost, Error, Fit, Kernel, PositionError, Structure
+from linbench.record.judgement import (
+    AttentionMap,
+    Check,
+    Cost,
+    Error,
+    Fit,
+    Kernel,
+    MapPicture,
+    PositionError,
+    Structure,
+)
 from linbench.record.lines import Record, Round, Run
 from linbench.record.memory import Memory
 from linbench.record.times import ColdStart, Conditions, DeviceConditions, Speed
@@ -35,6 +46,7 @@ __all__ = [
     "Fit",
     "Frontier",
     "Kernel",
+    "MapPicture",
     "Memory",
     "Peaks",
     "PositionError",

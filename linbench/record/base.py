@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from linbench.compact import share_fields_set
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 class Status(StrEnum):
@@ -25,13 +25,15 @@ class Status(StrEnum):
     IMPOSSIBLE = "impossible"
 
 
+CONTRACT = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, use_attribute_docstrings=True)
+"""No unknown field, no NaN, no infinity."""
 MEASURED = frozenset({Status.OK, Status.NOISY})
 
 
 class Block(BaseModel):
     """A part of a record: no unknown fields, no NaN, no infinity."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, use_attribute_docstrings=True)
+    model_config = CONTRACT
 
     def model_post_init(self, _: object, /) -> None:
         """Keep small what there are millions of."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from linbench.record.base import Block
+from linbench.record.base import CONTRACT, Block
 
 
 class Cost(Block):
@@ -44,8 +45,12 @@ class Check(Block):
     """What is wrong, when the check did not pass."""
 
 
-class PositionError(Block):
-    """The relative error of the queries in one part of the sequence."""
+@dataclass(config=CONTRACT, slots=True, kw_only=True)
+class PositionError:
+    """The relative error of the queries in one part of the sequence.
+
+    A record has a dozen of them: slots take a third of what a model does, and of the time to read it.
+    """
 
     first_token: int
     """Position of the first query, counted from 0."""
@@ -128,6 +133,19 @@ class Fit(Block):
     """Relative error of the mean of the visible values."""
 
 
+class MapPicture(Block):
+    """The map of one head, coarse enough to keep: that of the first batch element, head and (of several) channel."""
+
+    queries: list[int]
+    """Position of the first query of every row."""
+    keys: list[int]
+    """Position of the first key of every column."""
+    weights: list[list[float]]
+    """Means over the queries of a row of the sums of the weights of a column's keys, to three digits."""
+    exact_weights: list[list[float]]
+    """The same of exact softmax."""
+
+
 class AttentionMap(Block):
     """Rows of the matrix that the mechanism applies to the values, beside those of exact softmax.
 
@@ -166,6 +184,11 @@ class AttentionMap(Block):
     distance_tokens: float
     """Mean number of tokens between query and key, weighted by the sizes of the weights."""
     exact_distance_tokens: float
+    singular_values: list[float] = Field(default_factory=list)
+    """Of the matrix of the sampled rows, in descending order and over the largest, to four digits (protocol 3)."""
+    exact_singular_values: list[float] = Field(default_factory=list)
+    picture: MapPicture | None = None
+    """The map itself (protocol 3); null where none was asked for."""
 
 
 class Structure(Block):
@@ -184,6 +207,10 @@ class Structure(Block):
     exact_effective_rank: float
     """The same of exact softmax attention."""
     exact_numerical_rank: float
+    output_singular_values: list[float] = Field(default_factory=list)
+    """In descending order and over the largest, to four digits; the first 128 of them (protocol 3)."""
+    exact_singular_values: list[float] = Field(default_factory=list)
+    """The same of exact softmax attention."""
     attention: AttentionMap | None = None
     """The attention map that the mechanism implies (protocol 2); null where it has none or none was asked for."""
     attention_reason: str | None = None

@@ -98,19 +98,30 @@ class Record(Block):
     @property
     def best_status(self) -> Status:
         """``ok`` as soon as one round was undisturbed, else the record's own status."""
-        return Status.OK if any(again.status is Status.OK for again in self.rounds) else self.status
+        for again in self.rounds:
+            if again.status is Status.OK:
+                return Status.OK
+        return self.status
 
     @property
     def timings(self) -> dict[tuple[str, int], Speed]:
         """(run, index of the round) -> the time in that round; only rounds that are as good as the best one."""
-        every = [(self.status, (self.run, 0), self.speed)]
-        every += [(again.status, (again.run, again.index), again.speed) for again in self.rounds]
-        return {server: speed for status, server, speed in every if speed and status is self.best_status}
+        best = self.best_status
+        found = {(self.run, 0): self.speed} if self.speed and self.status is best else {}
+        for again in self.rounds:
+            if again.speed and again.status is best:
+                found[again.run, again.index] = again.speed
+        return found
+
+    @property
+    def samples_ms(self) -> list[list[float]]:
+        """Milliseconds of one call: a list for each server whose processes timed it, empty without a time."""
+        return [speed.samples_ms for speed in self.timings.values()]
 
     @property
     def latency_ms(self) -> float | None:
         """Median over rounds of the median of a round's samples; None without a time."""
-        medians = [median(speed.samples_ms) for speed in self.timings.values()]
+        medians = [median(samples) for samples in self.samples_ms]
         return median(medians) if medians else None
 
     @model_validator(mode="after")

@@ -1,5 +1,4 @@
-"""Records -> tables, figures and one page. Reads records only: never a device, never torch."""
+"""Records -> tables, figures and one page (:func:`linbench.report.page.write_report`).
 
-from linbench.report.page import write_report
-
-__all__ = ["write_report"]
+Reads records only: never a device, never torch.
+"""

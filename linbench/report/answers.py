@@ -10,7 +10,8 @@ from linbench.record import Record
 from linbench.report.crossover import Crossover, fastest_exact
 from linbench.report.names import length_ranges, listing, mask_name, pass_name, setting_names, variant_names
 from linbench.report.pareto import common_length
-from linbench.report.points import EXACT, Point, Points, Series, Setting
+from linbench.report.points import Point, Points
+from linbench.report.settings import EXACT, Series, Setting
 from linbench.report.units import error, skill, tokens
 from linbench.stats import ratio_of_medians
 
@@ -162,11 +163,9 @@ def _exact_missing(group: list[Point]) -> list[str]:
 
 def _losses(points: Points, setting: Setting, found: list[Crossover], names: dict[Series, str]) -> list[str]:
     """Error and skill of what is not exact attention, best first, at the common length of each family of inputs."""
-    judged = [p for p in points.by_inputs if p.setting == setting and p.errors and p.series.mechanism != EXACT]
+    judged = [p for p in points.inputs_by_setting[setting] if p.errors and p.series.mechanism != EXACT]
     if not judged:
-        return (
-            ["Error was not measured here."] if any(p.setting == setting and p.measured for p in points.pooled) else []
-        )
+        return ["Error was not measured here."] if any(p.measured for p in points.by_setting[setting]) else []
     passing = {one.series for one in found if one.high is not None}
     sentences = []
     for inputs in sorted({point.inputs or "" for point in judged}):

@@ -15,7 +15,8 @@ from linbench.report import units
 from linbench.report.axes import Quantity, Scale, bare, length_axis, length_limits, shown_lengths, value_axis
 from linbench.report.labels import CROWDED, MARGIN_POINTS, crowded_height, label_ends
 from linbench.report.panel import HEIGHT_POINTS, Entry, Panel
-from linbench.report.points import Point, Series
+from linbench.report.points import Point
+from linbench.report.settings import Series
 from linbench.report.style import INK, MUTED, PAPER, Style
 from linbench.stats import Estimate
 

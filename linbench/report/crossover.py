@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from linbench.record import Status
-from linbench.report.points import EXACT, Point, Series, Setting
+from linbench.report.points import Point
+from linbench.report.settings import EXACT, Series, Setting
 from linbench.report.units import tokens
 from linbench.stats import Estimate, ratio_of_medians
 

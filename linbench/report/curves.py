@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from linbench.report.charts import Lines, Look, Value, failing, strip_height
 from linbench.report.names import listing, setting_names
 from linbench.report.panel import Chart
 from linbench.report.pareto import common_length
-from linbench.report.points import EXACT, Point, Points, Series, Setting
+from linbench.report.points import Point, Points
+from linbench.report.settings import EXACT, Series, Setting
 from linbench.report.units import error, size, tokens
 from linbench.stats import Estimate, scaling_exponent
 
@@ -76,10 +78,14 @@ def _pooled(points: Points, look: Look, curve: Curve) -> Chart:
         for setting, group in points.by_setting.items()
         if curve.passes(setting.pass_) and any(curve.value(point) for point in group)
     ]
-    panels = []
-    for setting, name, group in groups:
-        shared = [other for s, _, other in groups if (s.machine, s.device) == (setting.machine, setting.device)]
-        panels.append(Lines(group, curve.value, look, *_shared(shared, curve.value, curve.quantity)).panel(name))
+    of_device: dict[tuple[str, str], list[list[Point]]] = defaultdict(list)
+    for setting, _, group in groups:
+        of_device[setting.machine, setting.device].append(group)
+    shared = {device: _shared(every, curve.value, curve.quantity) for device, every in of_device.items()}
+    panels = [
+        Lines(group, curve.value, look, *shared[setting.machine, setting.device]).panel(name)
+        for setting, name, group in groups
+    ]
     shown = shown_series((point for _, _, group in groups for point in group), curve.value)
     notes = curve.notes(points, look, curve.value) if panels else []
     if curve.quantity in ("time", "rate") and any(point.launch_bound for _, _, group in groups for point in group):

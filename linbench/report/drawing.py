@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -20,12 +20,12 @@ from matplotlib.markers import MarkerStyle
 
 from linbench.report.charts import Look, line_options
 from linbench.report.panel import Chart, Panel
-from linbench.report.points import Series
+from linbench.report.settings import Series
 from linbench.report.style import INK, PAPER, VARIABLES, Style
 
 WIDTH_POINTS = 360.0
 """Width of a panel."""
-MOST_LINES = 120
+MOST_LINES = 80
 """Series of all panels of a file together: a figure of thousands is none. The page and the CSV have all of them."""
 _TOP, _BOTTOM = 8.0, 24.0
 _TITLE_POINTS = 22.0
@@ -44,22 +44,19 @@ _SETTINGS: dict[Any, Any] = {
 
 def drawn(chart: Chart) -> Sequence[Panel]:
     """The panels that the files hold: the first ones, as many as can be read, and one at least."""
-    lines = accumulate(len(series) for series in _series(chart.panels))
-    return chart.panels[: max(1, sum(total <= MOST_LINES for total in lines))]
+    lines = accumulate(len(_series(panel)) for panel in chart.panels)
+    return chart.panels[: max(1, sum(1 for _ in takewhile(MOST_LINES.__ge__, lines)))]
 
 
-def _legend(chart: Chart) -> list[Series]:
-    there = set().union(*_series(drawn(chart)))
-    return [series for series in chart.legend if series in there]
-
-
-def _series(panels: Sequence[Panel]) -> list[set[Series]]:
-    return [{entry.point.series for entry in panel.content.entries} for panel in panels]
+def _series(panel: Panel) -> set[Series]:
+    return {entry.point.series for entry in panel.content.entries}
 
 
 def save_files(chart: Chart, look: Look, folder: Path) -> None:
     """``SLUG.png`` and ``SLUG.svg``: the panels, two to a row, with titles and a legend below, on white."""
-    panels, legend = drawn(chart), _legend(chart)
+    panels = drawn(chart)
+    there = set().union(*map(_series, panels))
+    legend = [series for series in chart.legend if series in there]
     columns = min(2, len(panels))
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     titles = {id(panel): wrap(panel.title, _TITLE_LETTERS) for panel in panels}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from linbench.record import Record, Run, Status
 from linbench.report.names import setting_names, variant_name
-from linbench.report.points import Series, Setting, inputs_of, series_of, setting_of
+from linbench.report.settings import Series, Setting, inputs_of, series_of, setting_of
 from linbench.report.units import tokens
 
 MEANINGS = {

@@ -12,7 +12,9 @@ from linbench.report.fronts import ROW_POINTS, Brackets, Front
 from linbench.report.names import listing, series_names, setting_names
 from linbench.report.panel import Chart, Panel
 from linbench.report.pareto import Across, Trade, trades
-from linbench.report.points import Points, Setting
+from linbench.report.points import Points
+from linbench.report.settings import Setting
+from linbench.report.structures import structure_charts
 from linbench.report.style import make_styles
 from linbench.report.units import error, tokens
 
@@ -47,6 +49,7 @@ def make_charts(points: Points, crossings: dict[Setting, list[Crossover]], look:
         _crossover(points, crossings, look),
         *curves(points, look),
         *(_trade(points, look, cost) for cost in COSTS),
+        *structure_charts(points, look),
     ]
     return [chart for chart in charts if chart.panels]
 

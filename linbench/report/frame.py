@@ -6,30 +6,32 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 from linbench.record import Environment, Record, Run
-from linbench.report.points import inputs_of, series_of
+from linbench.report.settings import hyperparameters_of, inputs_of
 from linbench.roofline import roofline
 from linbench.stats import pooled_median
 
 
 def records_frame(records: Sequence[Record], runs: Sequence[Run]) -> pd.DataFrame:
     """One row for each record, in their order. Units are in the column names; what was not measured is empty."""
+    import pandas as pd  # takes a third of a second, which a report does not need
+
     return pd.DataFrame(_rows(records, runs))
 
 
 def write_csv(records: Sequence[Record], runs: Sequence[Run], path: Path) -> None:
     """The same as a file, row by row: a table of a hundred thousand records needs no place in memory."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer: csv.DictWriter[str] | None = None
-        for row in _rows(records, runs):
-            if writer is None:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(row)
+        writer = csv.writer(file, lineterminator="\n")
+        for number, row in enumerate(_rows(records, runs)):
+            if number == 0:
+                writer.writerow(row)
+            writer.writerow(row.values())
 
 
 def _rows(records: Sequence[Record], runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -54,7 +56,7 @@ def _identity(record: Record, environment: Environment | None) -> dict[str, Any]
         "machine": environment.machine if environment else None,
         "device": cell.device,
         "mechanism": cell.mechanism,
-        "hyperparameters": series_of(cell).hyperparameters,
+        "hyperparameters": hyperparameters_of(cell),
         "implementation": cell.implementation,
         "length_tokens": cell.length,
         "batch": cell.batch,
@@ -75,7 +77,7 @@ def _speed(record: Record) -> dict[str, Any]:
     names = ("latency_ms", "latency_low_ms", "latency_high_ms", "latency_min_ms", "latency_coverage", "samples")
     if record.speed is None:
         return dict.fromkeys((*names, "rounds", "stop", "threads", "foreign_cpu_cores"))
-    estimate = pooled_median([speed.samples_ms for speed in record.timings.values()])
+    estimate = pooled_median(record.samples_ms)
     values = (estimate.value, estimate.low, estimate.high, estimate.minimum, estimate.coverage, estimate.count)
     return dict(zip(names, values, strict=True)) | {
         "rounds": len(record.timings),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from linbench.record import Frontier, Run, Status
 from linbench.report.names import setting_names, variant_names
-from linbench.report.points import Series, Setting, inputs_of, series_of, setting_of
 from linbench.report.sections import Grid, Section
+from linbench.report.settings import Series, Setting, inputs_of, series_of, setting_of
 from linbench.report.units import MISSING, size, tokens
 
 COLUMNS = ["Mechanism", "Fits", "Does not", "Peak at the longest", "Memory limit", "Time limit", "What stopped it"]

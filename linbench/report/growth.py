@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
-
 from linbench.report.names import setting_names, variant_names
-from linbench.report.points import Point, Points, Series
+from linbench.report.points import Point, Points
 from linbench.report.sections import Grid, Section
+from linbench.report.settings import Series
 from linbench.report.units import MISSING, tokens
+from linbench.stats import scaling_exponent
 
 REACH = 16
 """Only lengths down to a sixteenth of the longest count: below, fixed costs hide the growth."""
@@ -42,9 +42,11 @@ def fitted_exponent(lengths: Sequence[int], values: Sequence[float]) -> Exponent
     kept = [(n, value) for n, value in zip(lengths, values, strict=True) if n * REACH >= lengths[-1] and value > 0]
     if len(kept) < FEWEST:
         return None
-    x, y = np.log([n for n, _ in kept]), np.log([value for _, value in kept])
-    slopes = [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in pairwise(zip(x, y, strict=True))]
-    return Exponent(float(np.polyfit(x, y, 1)[0]), min(slopes), max(slopes), kept[0][0], kept[-1][0])
+    logs = [(math.log(n), math.log(value)) for n, value in kept]
+    slopes = [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in pairwise(logs)]
+    value = scaling_exponent(*zip(*kept, strict=True))
+    assert value is not None  # the lengths differ
+    return Exponent(value, min(slopes), max(slopes), kept[0][0], kept[-1][0])
 
 
 def claimed_exponent(growth: str, first: int, last: int) -> float:
@@ -59,8 +61,10 @@ def growth_section(points: Points) -> Section | None:
     names, settings = variant_names(points.series), setting_names(points.settings)
     grids = []
     for setting, group in points.by_setting.items():
-        series = list(dict.fromkeys(point.series for point in group))
-        rows = [_row(one, [p for p in group if p.series == one], names[one]) for one in series]
+        lines: dict[Series, list[Point]] = {}
+        for point in group:
+            lines.setdefault(point.series, []).append(point)
+        rows = [_row(one, own, names[one]) for one, own in lines.items()]
         kept = [row for row in rows if row is not None]
         if kept:
             columns = ["Mechanism", "Implementation", "Time ∝ N^", "Claimed", "Memory ∝ N^", "Claimed", "Over"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from linbench.report.points import Series
+from linbench.report.settings import Series
 from linbench.report.style import INK, Style
 
 CROWDED = 8

@@ -11,11 +11,15 @@ from linbench.report import units
 from linbench.report.crossover import fastest_exact
 from linbench.report.names import setting_names, variant_name
 from linbench.report.pareto import common_length
-from linbench.report.points import Point, Points, Series, Setting
-from linbench.stats import Estimate, ratio_of_medians
+from linbench.report.points import Point, Points
+from linbench.report.settings import Series, Setting
+from linbench.stats import Estimate, Samples, ratio_of_medians
+
+_ENOUGH_SAMPLES = 6
+"""Of fewer a ratio has no bootstrap."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One line of a table: text that is ready to be shown."""
 
@@ -139,8 +143,17 @@ def _ratio(point: Point, exact: Point) -> str:
     """Against the fastest exact implementation; ≈ where the interval of the ratio holds 1."""
     if point is exact:
         return "1×"
-    ratio = ratio_of_medians(point.samples_ms, exact.samples_ms)
-    return f"{'' if ratio.sign else '≈ '}{units.ratio(ratio.value)}"
+    assert point.latency_ms is not None
+    assert exact.latency_ms is not None
+    told = _apart(point.samples_ms, exact.samples_ms) or ratio_of_medians(point.samples_ms, exact.samples_ms).sign
+    return f"{'' if told else '≈ '}{units.ratio(point.latency_ms.value / exact.latency_ms.value)}"
+
+
+def _apart(one: Sequence[Samples], other: Sequence[Samples]) -> bool:
+    """Whether all samples of one process lie above all of another's: then no draw of a bootstrap can hold 1."""
+    if len(one) > 1 or len(other) > 1 or min(one[0].size, other[0].size) < _ENOUGH_SAMPLES:
+        return False
+    return bool(one[0].min() > other[0].max() or other[0].min() > one[0].max())
 
 
 def _roofline(point: Point, environments: Mapping[str, Environment]) -> str:

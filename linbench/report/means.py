@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from linbench.report.crossover import Crossover, fastest_exact
 from linbench.report.names import series_names, setting_names
-from linbench.report.points import Points, Setting
+from linbench.report.points import Points
 from linbench.report.sections import Grid, Section
+from linbench.report.settings import Setting
 from linbench.report.units import MISSING, ratio, tokens
 
 NOTES = [

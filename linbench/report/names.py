@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from linbench.report.points import Series, Setting
+from linbench.report.settings import Series, Setting
 from linbench.report.units import tokens
 
 _JOINT = "\u00a0·\u00a0"

@@ -30,7 +30,7 @@ from linbench.report.growth import growth_section
 from linbench.report.league import has_rooflines, make_leagues
 from linbench.report.means import means_section
 from linbench.report.papers import paper_sections
-from linbench.report.payload import Payload, chart_csv, to_json
+from linbench.report.payload import Payload, chart_csv, script_json
 from linbench.report.points import make_points
 from linbench.report.provenance import make_provenance
 from linbench.report.rounds import rounds_section
@@ -56,7 +56,7 @@ SECTIONS = (
     rounds_section,
 )
 LARGEST_PLAIN = 2_000_000
-"""Characters of data that a page carries as they are, to be read and searched; more are packed."""
+"""Bytes of data that a page carries as they are, to be read and searched; more are packed."""
 MOST_ROWS = 3000
 """Rows of tables in the Markdown: GitHub shows half a megabyte. With more, one table of each kind stays."""
 
@@ -72,7 +72,8 @@ def write_report(
     Returns:
         The path of ``index.html``.
     """
-    gc.freeze()  # what was read is no garbage: looking through it again and again takes as long as the rest
+    collecting = gc.isenabled()
+    gc.disable()  # what was read and made is no garbage: looking through it again and again takes as long as the rest
     folder.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
     try:
@@ -87,7 +88,8 @@ def write_report(
         _publish(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        gc.unfreeze()
+        if collecting:
+            gc.enable()
     return folder / "index.html"
 
 
@@ -148,7 +150,7 @@ def _html(content: dict[str, Any]) -> str:
     environment = _environment()
     styles, points = content["look"].styles, content["points"]
     payload = Payload(points, content["look"]).make(content["charts"], content["leagues"], content["sections"])
-    data = to_json(payload)
+    data = script_json(payload)
     packed = len(data) > LARGEST_PLAIN
     return environment.get_template("report.html.j2").render(
         content,
@@ -156,7 +158,7 @@ def _html(content: dict[str, Any]) -> str:
         light=[(VARIABLES[colour], colour) for colour in DARK],
         dark=[(VARIABLES[colour], dark) for colour, dark in DARK.items()],
         source=lambda name: Markup(_source(environment, name)),
-        data=Markup(_packed(data.encode()) if packed else data),
+        data=Markup(_packed(data) if packed else data.decode()),
         data_type="text/plain" if packed else "application/json",
         library=Markup(_library()),
     )

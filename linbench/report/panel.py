@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from matplotlib.axes import Axes
 
-from linbench.report.points import Point, Series, Setting
+from linbench.report.points import Point
+from linbench.report.settings import Series, Setting
 from linbench.stats import Estimate
 
 HEIGHT_POINTS = 262.0

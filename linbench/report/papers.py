@@ -33,9 +33,11 @@ class Paper:
 def paper_sections(points: Points) -> list[Section]:
     """One section for every paper whose sweep is among the records."""
     sections = []
+    runs = {record.run for record in points.current}
     for paper in PAPERS:
         # a run is named TIME-SWEEP-HASH
-        mine = [p for p in points.by_inputs if any(f"-{paper.sweep}-" in record.run for record in p.records)]
+        own = {run for run in runs if f"-{paper.sweep}-" in run}
+        mine = [p for p in points.by_inputs if any(record.run in own for record in p.records)] if own else []
         grids = paper.grids(mine) if mine else []
         if grids:
             sections.append(Section(paper.sweep, paper.heading, paper.notes, grids))

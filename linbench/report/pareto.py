@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from linbench.report.points import Point, Setting
+from linbench.report.points import Point
+from linbench.report.settings import Setting
 from linbench.stats import Estimate
 
 Across = Callable[[Point], Estimate | None]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+from pydantic_core import to_json
 
 from linbench.report.charts import Look
 from linbench.report.league import League, Row
 from linbench.report.names import mask_name, pass_name, setting_names
 from linbench.report.panel import Chart, Entry, Panel
-from linbench.report.points import Point, Points, Series, Setting
+from linbench.report.points import Point, Points
 from linbench.report.sections import Section
+from linbench.report.settings import Series, Setting
 from linbench.report.style import DARK, VARIABLES, Fill, Style
 
 SYMBOLS = {
@@ -42,13 +44,16 @@ class Payload:
         self._settings = {setting: index for index, setting in enumerate(points.settings)}
         self._inputs = {name: i for i, name in enumerate(sorted({p.inputs or "" for p in points.by_inputs}))}
         self._records: dict[str, int] = {}
-        self._names: list[str] = []
 
     def make(self, charts: Sequence[Chart], leagues: Sequence[League], sections: Sequence[Section]) -> dict[str, Any]:
-        """Everything but the words that the page itself has."""
+        """Everything but the words that the page itself has.
+
+        Charts and tables are made one by one as they are written, so that they are never all there at once, and before
+        the names of the records in them.
+        """
         return {
-            "charts": [self._chart(chart) for chart in charts],
-            "leagues": [self._league(league) for league in leagues],
+            "charts": (self._chart(chart) for chart in charts),
+            "leagues": (self._league(league) for league in leagues),
             "grids": {
                 section.slug: [[grid.caption, grid.columns, grid.rows] for grid in section.grids]
                 for section in sections
@@ -56,7 +61,7 @@ class Payload:
             "series": [self._one_series(series) for series in self._points.series],
             "settings": list(_settings(self._points.settings)),
             "inputs": list(self._inputs),
-            "records": self._names,
+            "records": self._record_names(),
             "csv": CSV_COLUMNS,
             "colours": {VARIABLES[colour]: [colour, dark] for colour, dark in DARK.items()},
         }
@@ -103,11 +108,11 @@ class Payload:
 
     def _record(self, point: Point) -> tuple[int, int]:
         """Number of the first record, and how many there are."""
-        name = point.record_name
-        index = self._records.setdefault(name, len(self._records))
-        if index == len(self._names):
-            self._names.append(name)
-        return index, len(point.measured or point.records)
+        return self._records.setdefault(point.record_name, len(self._records)), len(point.measured or point.records)
+
+    def _record_names(self) -> Iterator[str]:
+        """By their numbers: all that anything before has named."""
+        yield from self._records
 
     def _numbered(self, value: Any) -> Any:
         """Series by their numbers, and floats short, wherever they are."""
@@ -164,10 +169,12 @@ def _csv_row(title: str, entry: Entry) -> list[Any]:
     ]
 
 
-def to_json(payload: dict[str, Any]) -> str:
-    """JSON that may stand inside ``<script>``: no tag can end it early."""
-    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+def script_json(payload: dict[str, Any]) -> bytes:
+    """JSON in UTF-8 that may stand inside ``<script>``: no tag can end it early."""
+    text = to_json(payload)
+    for special in ("<", "\u2028", "\u2029"):
+        text = text.replace(special.encode(), f"\\u{ord(special):04x}".encode())
+    return text
 
 
 def _settings(settings: Iterable[Setting]) -> Iterator[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,65 +10,13 @@ from statistics import median
 
 import numpy as np
 
-from linbench.cell import Cell, Scalar
 from linbench.record import Environment, Error, Record, Run, Status
+from linbench.report.settings import Series, Setting, inputs_of, series_of, setting_of
 from linbench.roofline import Roofline, roofline
 from linbench.stats import Estimate, Samples, median_interval, pooled_median
 
-EXACT = "softmax"
-"""The mechanism whose implementations are the exact attention that all others are held against."""
 LAUNCH_BOUND = 0.2
-_Grouped = dict[tuple["Setting", "Series", int, "str | None"], list[tuple[Record, str]]]
-_PASSES = ("forward", "backward", "forward_backward", "prefill", "decode")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What must be equal for two latencies to be comparable, the length aside."""
-
-    machine: str
-    device: str
-    dtype: str
-    causal: bool
-    pass_: str
-    batch: int
-    heads: int
-    head_dim: int
-    value_dim: int
-
-    @cached_property
-    def order(self) -> tuple[str, str, str, tuple[int, ...], bool, int]:
-        """Sorts settings: machine, device, dtype and shape first, so that neighbours differ by mask and pass."""
-        shape = (self.batch, self.heads, self.head_dim, self.value_dim)
-        return (self.machine, self.device, self.dtype, shape, self.causal, _PASSES.index(self.pass_))
-
-    @property
-    def shape(self) -> str:
-        """The sizes that are not the length, in words."""
-        return f"batch {self.batch}, {self.heads} heads, key width {self.head_dim}, value width {self.value_dim}"
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line of a figure: a mechanism with its hyperparameters in one implementation."""
-
-    mechanism: str
-    target: str | None
-    hyperparameters: str
-    """Canonical JSON."""
-    implementation: str
-
-    @cached_property
-    def order(self) -> tuple[bool, str, str, list[tuple[str, str]], str]:
-        """Sorts series: exact attention first, numbers by size."""
-        values = [(name, _sortable(value)) for name, value in self.parameters.items()]
-        return (self.mechanism != EXACT, self.mechanism, self.target or "", values, self.implementation)
-
-    @cached_property
-    def parameters(self) -> dict[str, Scalar]:
-        """The hyperparameters by name."""
-        loaded: dict[str, Scalar] = json.loads(self.hyperparameters)
-        return loaded
+_Grouped = dict[tuple[Setting, Series, int, str | None], list[Record]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +28,6 @@ class Point:
     length: int
     inputs: str | None
     records: tuple[Record, ...]
-    keys: tuple[str, ...]
-    """Of the records' cells."""
 
     @cached_property
     def measured(self) -> tuple[Record, ...]:
@@ -212,12 +157,11 @@ class Point:
         low, high = (found.share * time.value / bound for bound in (time.high, time.low))
         return Estimate(found.share, low, high, time.coverage, time.count, low)
 
-    @property
+    @cached_property
     def record_name(self) -> str:
         """``RUN/KEY`` of the first record behind the numbers, or of the first of all where there are none."""
         first = self.measured[0] if self.measured else self.records[0]
-        index = next(index for index, record in enumerate(self.records) if record is first)
-        return f"{first.run}/{self.keys[index]}"
+        return f"{first.run}/{first.cell.key}"
 
     @property
     def reading(self) -> str | None:
@@ -258,6 +202,14 @@ class Points:
         return grouped
 
     @cached_property
+    def inputs_by_setting(self) -> dict[Setting, list[Point]]:
+        """The points of every family of inputs, in the order of ``by_inputs``."""
+        grouped: dict[Setting, list[Point]] = {setting: [] for setting in self.settings}
+        for point in self.by_inputs:
+            grouped[point.setting].append(point)
+        return grouped
+
+    @cached_property
     def by_table(self) -> dict[tuple[Setting, str, int], list[Point]]:
         """Setting, family of inputs and length, in order -> the points there, by series."""
         rank = {setting: index for index, setting in enumerate(self.settings)}
@@ -275,47 +227,23 @@ def make_points(records: Sequence[Record], runs: Sequence[Run]) -> Points:
     for key, record in keyed:
         if key not in newest or record.time >= newest[key].time:
             newest[key] = record
-    current = [(*place, record) for place, record in keyed if record.code == newest[place].code]
+    current = [(machine, record) for (machine, key), record in keyed if record.code == newest[machine, key].code]
     superseded = tuple(record for key, record in keyed if record.code != newest[key].code)
     pooled: _Grouped = defaultdict(list)
     by_inputs: _Grouped = defaultdict(list)
-    for machine, name, record in current:
+    settings: dict[Setting, Setting] = {}
+    every_series: dict[Series, Series] = {}
+    for machine, record in current:
         cell = record.cell
         setting, series = setting_of(cell, machine), series_of(cell)
-        pooled[setting, series, cell.length, None].append((record, name))
-        by_inputs[setting, series, cell.length, inputs_of(cell)].append((record, name))
+        # one object for all that are equal: that it is the same one is seen without a look at its fields
+        setting, series = settings.setdefault(setting, setting), every_series.setdefault(series, series)
+        pooled[setting, series, cell.length, None].append(record)
+        by_inputs[setting, series, cell.length, inputs_of(cell)].append(record)
     environments = {run.run: run.environment for run in runs}
-    kept = tuple(record for *_, record in current)
+    kept = tuple(record for _, record in current)
     return Points(_points(pooled), _points(by_inputs), superseded, kept, environments)
 
 
-def setting_of(cell: Cell, machine: str) -> Setting:
-    """The setting of a cell on a machine."""
-    device = _call(cell.device, cell.device_parameters)
-    shape = (cell.batch, cell.heads, cell.head_dim, cell.value_dim)
-    return Setting(machine, device, cell.dtype, cell.causal, cell.pass_, *shape)
-
-
-def series_of(cell: Cell) -> Series:
-    """The series of a cell."""
-    text = json.dumps(cell.hyperparameters, sort_keys=True)
-    return Series(cell.mechanism, cell.target, text, cell.implementation)
-
-
-def inputs_of(cell: Cell) -> str:
-    """The family of inputs with its parameters: ``gaussian(scale=2)``."""
-    name = _call(cell.inputs, cell.inputs_parameters)
-    return f"{name} [{cell.inputs_target}]" if cell.inputs_target else name
-
-
 def _points(grouped: _Grouped) -> tuple[Point, ...]:
-    return tuple(Point(*place, *zip(*found, strict=True)) for place, found in grouped.items())
-
-
-def _call(name: str, parameters: dict[str, Scalar]) -> str:
-    inside = ", ".join(f"{key}={value}" for key, value in parameters.items() if value is not None)
-    return f"{name}({inside})" if inside else name
-
-
-def _sortable(value: Scalar) -> str:
-    return f"{value:024.6f}" if isinstance(value, (int, float)) else str(value)
+    return tuple(Point(*place, tuple(found)) for place, found in grouped.items())

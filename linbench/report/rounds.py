@@ -12,6 +12,7 @@ import numpy as np
 from linbench.record import Record, Speed, Status
 from linbench.report.points import Points
 from linbench.report.sections import Grid, Section
+from linbench.report.units import near_one
 from linbench.stats import CONFIDENCE, student_quantile
 
 BOUND = 0.02
@@ -102,8 +103,7 @@ def sentence(records: Iterable[Record]) -> str | None:
 
 def _shown(one: Shift) -> list[str]:
     verdict = "yes" if one.drifts else "no"
-    interval = f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
-    return [interval, f"± {math.expm1(one.scatter):.1%}", str(one.cells), verdict]
+    return [near_one(one), f"± {math.expm1(one.scatter):.1%}", str(one.cells), verdict]
 
 
 def _set_aside(records: Sequence[Record], index: int) -> list[str]:

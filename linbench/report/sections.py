@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from linbench.record import Block, ColdStart, Error, Fit, Memory, Record, Structure
 from linbench.report.names import series_names, setting_names, variant_names
-from linbench.report.points import Point, Points, Series
+from linbench.report.points import Point, Points
+from linbench.report.settings import Series
 from linbench.report.units import MISSING, error, milliseconds, size, skill, tokens
 
 Kind = TypeVar("Kind", bound=Block)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from linbench.report.points import Series
+from linbench.report.settings import Series
 
 T = TypeVar("T")
 Fill = Literal["full", "none", "left", "bottom", "right", "top"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 from linbench.stats import Estimate
 
@@ -11,6 +12,22 @@ _TIME_UNITS = (("s", 1e3), ("ms", 1.0), ("µs", 1e-3), ("ns", 1e-6))
 _BYTE_UNITS = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0))
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MISSING = "–"
+
+
+class Bounded(Protocol):
+    """A value with its interval."""
+
+    @property
+    def value(self) -> float:
+        """In the unit of both bounds."""
+
+    @property
+    def low(self) -> float:
+        """Lower bound."""
+
+    @property
+    def high(self) -> float:
+        """Upper bound."""
 
 
 def tokens(length: int) -> str:
@@ -66,6 +83,11 @@ def interval(estimate: Estimate, words: Callable[[float], str]) -> str:
     return f"{words(estimate.value)} [{words(estimate.low)}, {words(estimate.high)}]"
 
 
+def near_one(ratio: Bounded | None) -> str:
+    """``1.012 [0.998, 1.026]``: a ratio of which the thousandths count, with its interval; empty without one."""
+    return "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
 def error(value: float) -> str:
     """Three digits, in powers of ten where the number is small: ``0.123``, ``4.56e−7``, ``0``."""
     if value == 0:
@@ -105,4 +127,4 @@ def _decimals(value: float) -> int:
     if value == 0 or not math.isfinite(value):
         return 0
     # of the rounded value: 9.999 has the decimals of 10.0
-    return max(0, 2 - math.floor(math.log10(float(f"{abs(value):.2e}")) + 1e-9))
+    return max(0, 2 - int(f"{value:.2e}".partition("e")[2]))

@@ -13,20 +13,6 @@ GATED_BACKWARD_BYTES = 256
 """Per thread; there lost bits of bf16 are multiplied too, and decays have gradients."""
 
 
-KNOWN_SPILLS = {
-    ("features.forward", "performer"): 24_044,
-    ("features.forward", "hedgehog"): 3_632,
-    ("features.forward", "rfa"): 4_352,
-    ("features.queries", "performer"): 1_152,
-    ("features.queries", "hedgehog"): 392,
-    ("features.queries", "rfa"): 804,
-    ("features.keys", "performer"): 1_304,
-    ("features.keys", "hedgehog"): 732,
-    ("features.keys", "rfa"): 1_212,
-}
-"""What does not keep to the budget yet, and may not become worse: W and its lost bits fill the registers."""
-
-
 def over_budget(row: dict[str, Any]) -> str | None:
     """What a default may not do, in a clause; None when all is well.
 
@@ -50,5 +36,4 @@ def allowed_spills(row: dict[str, Any]) -> float:
     narrow = max(row["key_dim"], row["value_dim"]) <= WIDEST
     if row["arch"] != "sm_90" or row["dtype"] != "bfloat16" or not narrow:
         return math.inf  # fp16 and fp32 are there to be right
-    known = max((KNOWN_SPILLS.get((row["kernel"], name), 0) for name in row["mechanisms"]), default=0)
-    return known or (GATED_BACKWARD_BYTES if row["gated"] and row["pass"] == "backward" else 0)
+    return GATED_BACKWARD_BYTES if row["gated"] and row["pass"] == "backward" else 0

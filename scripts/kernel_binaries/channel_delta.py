@@ -62,9 +62,9 @@ def calls(dtype: torch.dtype, width: int, separate: bool) -> Iterator[Asked]:
         one_pass = pass_ == "step"  # a state every 128 tokens is kept: kernels/README.md says why
         return Asked((MECHANISMS[separate],), pass_, wrapper, given, gated=True, one_pass=one_pass, moved=moved)
 
-    yield asked("forward", launch.forward, *operands, None, 0.125, unit, False, True)
+    yield asked("forward", launch.forward, *operands, None, None, 0.125, unit, False, True)
     kept = (out if unit else None, residuals, states, factors if unit else None)
-    yield asked("backward", launch.backward, out_grad, None, *operands, None, *kept, 0.125, True)
+    yield asked("backward", launch.backward, out_grad, None, *operands, None, None, *kept, 0.125, True)
     row = [None if x is None else x[:, :, 0] for x in operands]
     yield asked("step", launch.step, *row[:3], empty(BATCH, HEADS, width, width), *row[3:], 0.125, unit)
 

@@ -64,9 +64,9 @@ def calls(dtype: torch.dtype, width: int, variant: Variant) -> Iterator[Asked]:
         one_pass = not (variant.learns and pass_ == "backward")
         return Asked((variant.mechanism,), pass_, wrapper, operands, one_pass=one_pass, moved=moved)
 
-    yield asked("forward", launch.forward, q, k, v, *maps, None, None, *options, False)
+    yield asked("forward", launch.forward, q, k, v, *maps, None, None, None, *options, False)
     kept = (empty(BATCH, HEADS, LENGTH), empty(BATCH, HEADS, LENGTH) if levelled else None)
-    operands = (out_grad, None, q, k, v, out, *maps, None, None, *kept)
+    operands = (out_grad, None, q, k, v, out, *maps, None, None, None, *kept)
     yield asked("backward", launch.backward, *operands, *options, variant.learns)
     features = feature_width(variant.feature, projections)
     state = (empty(BATCH, HEADS, features, width + 1), empty(BATCH, HEADS) if levelled else None)
@@ -76,13 +76,12 @@ def calls(dtype: torch.dtype, width: int, variant: Variant) -> Iterator[Asked]:
 def moved_tensors(one: Launch, width: int, dtype: torch.dtype) -> float | None:
     """Tensors of B·H·N·D that cross memory; blocks of columns share what they read in the cache.
 
-    o reads q, k, v; dq reads q, k, v, do; dk and dv the same. Where there are more blocks than one, each writes its
+    o reads q, k, v; dq and dk read q, k, v, do; dv all but v. Where there are more blocks than one, each writes its
     part of dq or dk in fp32, the sum of them reads all and writes the result.
     """
-    if one.name == "features.forward":
+    if one.name in {"features.forward", "features.values"}:
         return 4
     if one.name not in {"features.queries", "features.keys"}:
         return None
     blocks = -(-width // int(one.config["columns"]))
-    parts = 1.0 if blocks == 1 else 1 + 2 * blocks * 4 / dtype.itemsize
-    return 4 + parts + (one.name == "features.keys")
+    return 4 + (1.0 if blocks == 1 else 1 + 2 * blocks * 4 / dtype.itemsize)

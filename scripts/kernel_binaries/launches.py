@@ -19,6 +19,9 @@ TILES = {
     "chunk": ("CHUNK",),
     "columns": ("COLUMNS", "COLUMNS_D", "COLUMNS_M"),
     "rows": ("ROWS",),
+    "keys": ("KEYS",),
+    "left": ("LEFT",),
+    "part": ("PART",),
     "stages": ("STAGES",),
     "tma": ("TMA",),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from linbench_kernels.channel_delta import attention
 from oracle import NEGLIGIBLE, Case, relative
+from packing import apart
 from torch import Tensor
 
 
@@ -71,7 +72,7 @@ class ChannelDeltaCase(Case):
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-        per_token = (self.batch, self.heads, self.tokens)
+        per_token = x["v"].shape[:3]
         rates = uniform(*per_token, self.key_dim) * -2 * self.strength
         x["log_decay"] = self.laid_out(rates.to(device, precise))
         if self.separate:
@@ -96,10 +97,10 @@ def channel_delta_errors(case: ChannelDeltaCase, device: torch.device, **changed
     """Relative error of o, of the final state, and of every gradient through both, by name."""
     given = {name: x.requires_grad_() for name, x in (case.operands(device) | changed).items()}
     exact = {name: x.detach().cpu().double().requires_grad_() for name, x in given.items()}
-    out, state = attention(**given, **case.options_given, return_state=True)
+    out, state = attention(**given, **case.packing(device), **case.options_given, return_state=True)
     assert state is not None
     assert out.dtype == case.dtype
-    expected_out, expected_state = channel_delta_rule(**exact, **case.options_given)
+    expected_out, expected_state = apart(channel_delta_rule, exact, case.lengths, **case.options_given)
     generator = torch.Generator().manual_seed(4)
     toward = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, state)]
     found = torch.autograd.grad([out, state], list(given.values()), [x.to(device) for x in toward])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from linbench_kernels.features import State, attention
 from oracle import relative
+from packing import borders
 from torch import Tensor
 
 NEGLIGIBLE = 0.01
@@ -57,6 +58,9 @@ def recurrence(
     start: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S_t = S_{t-1} + φ(k_t) [v_t, 1]ᵀ, rows φ(q_t) S_t divided by their last column; S_N / exp(level) and level."""
+    shared = v.shape[1] // q.shape[1]
+    q, k = q.repeat_interleave(shared, 1), k.repeat_interleave(shared, 1)
+    query_map, key_map = (x if x is None else x.repeat_interleave(shared, 0) for x in (query_map, key_map))
     settings = {"sharpness": sharpness, "horizon": horizon, "start": start}
     queries, _ = features(q, query_map, feature, **settings)  # type: ignore[arg-type]
     keys, levels = features(k, query_map if key_map is None else key_map, feature, **settings)  # type: ignore[arg-type]
@@ -73,7 +77,24 @@ def recurrence(
         state = state + written * (levels[:, :, token] - level).exp()[..., None, None]
         row = torch.einsum("bhf,bhfm->bhm", queries[:, :, token], state)
         rows.append(row[..., :-1] / row[..., -1:].masked_fill(row[..., -1:] == 0, torch.inf))
-    return torch.stack(rows, 2), state, level
+    return torch.stack(rows, 2) if rows else v, state, level
+
+
+def apart(lengths: tuple[int, ...], **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`recurrence` of every packed sequence on its own."""
+    if not lengths:
+        return recurrence(**given)
+    initial, before = given.pop("initial_state", None), given.pop("initial_level", None)
+    rows, last = {name: given.pop(name) for name in "qkv"}, 0
+    found = []
+    for number, length in enumerate(lengths):
+        part = {name: x[:, :, last : last + length] for name, x in rows.items()}
+        last += length
+        starts = {"initial_state": initial, "initial_level": before}
+        state = {name: x[number : number + 1] for name, x in starts.items() if x is not None}
+        found.append(recurrence(**part, **given, **state))
+    outs, sums, levels = zip(*found, strict=True)
+    return torch.cat(outs, 2), torch.cat(sums), torch.cat(levels)
 
 
 @dataclass(frozen=True)
@@ -96,13 +117,17 @@ class Case:
     """Whether queries and keys have one map."""
     sharpness: float = 0.8
     start: int = 3
+    groups: int | None = None
+    """Heads of q, k and the maps; None for as many as v has."""
+    lengths: tuple[int, ...] = ()
+    """Of packed sequences, in the place of ``tokens``."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """The options of the operator."""
         options: dict[str, Any] = {"feature": self.feature}
         if self.feature == "turned":
-            options |= {"horizon": self.start + self.tokens + 10, "start": self.start}
+            options |= {"horizon": self.start + max(self.tokens, sum(self.lengths)) + 10, "start": self.start}
         if self.feature == "unit":
             options |= {"sharpness": self.sharpness}
         return options
@@ -115,27 +140,28 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        def rows(tokens: int) -> list[Tensor]:
-            shape = (self.batch, self.heads, tokens)
+        groups = self.groups or self.heads
+
+        def rows(batch: int, tokens: int) -> list[Tensor]:
             return [
-                normal(*shape, self.key_dim) * self.size,
-                normal(*shape, self.key_dim) * self.size,
-                normal(*shape, self.value_dim),
+                normal(batch, groups, tokens, self.key_dim) * self.size,
+                normal(batch, groups, tokens, self.key_dim) * self.size,
+                normal(batch, self.heads, tokens, self.value_dim),
             ]
 
-        made = zip("qkv", rows(self.tokens), strict=True)
+        made = zip("qkv", rows(self.batch, sum(self.lengths) or self.tokens), strict=True)
         x = {name: self.laid_out(row.to(device, self.dtype)) for name, row in made}
         if self.feature not in ("turned", "unit"):
             # angles in a quarter turn around 0, so that no sum of weights is near 0
             width = {"fourier": 0.3, "softmaxes": self.key_dim**-0.5}.get(self.feature, 1.0)
-            shape = (self.heads, self.key_dim, self.projections)
+            shape = (groups, self.key_dim, self.projections)
             x |= {name: (normal(*shape) * width).to(device, precise) for name in ("query_map", "key_map")}
             if self.shared:
                 del x["key_map"]
         if self.initial:
             maps = {name: x[name].cpu().double() for name in ("query_map", "key_map") if name in x}
             settings = self.settings | ({"start": 0} if self.feature == "turned" else {})
-            _, sums, level = recurrence(*rows(3), **maps, **settings)
+            _, sums, level = recurrence(*rows(len(self.lengths) or self.batch, 3), **maps, **settings)
             x["initial_state"] = sums.to(device, precise)
             if self.feature in LEVELLED:
                 x["initial_level"] = level.to(device, precise)
@@ -163,15 +189,16 @@ def called(x: dict[str, Tensor], **settings: Any) -> tuple[Tensor, State]:
     return out, after
 
 
-def errors(operands: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, float]:
+def errors(operands: dict[str, Tensor], settings: dict[str, Any], lengths: tuple[int, ...] = ()) -> dict[str, float]:
     """Relative error of o, of the final state and its level, and of every gradient through both, by name."""
     learned = {name: x for name, x in operands.items() if name != "initial_level"}
     fixed = {name: x for name, x in operands.items() if name == "initial_level"}
     given = {name: x.detach().requires_grad_() for name, x in learned.items()}
     exact = {name: x.detach().cpu().double().requires_grad_() for name, x in learned.items()}
-    out, (sums, level) = called(given | fixed, **settings)
+    packing = borders(lengths, operands["v"].device)
+    out, (sums, level) = called(given | fixed, **settings, **packing)
     wide_fixed = {name: x.cpu().double() for name, x in fixed.items()}
-    expected_out, expected_sums, expected_level = recurrence(**exact, **wide_fixed, **settings)
+    expected_out, expected_sums, expected_level = apart(lengths, **exact, **wide_fixed, **settings)
     assert out.dtype == operands["v"].dtype
     generator = torch.Generator().manual_seed(4)
     toward = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, sums)]
@@ -190,5 +217,5 @@ def errors(operands: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, f
 
 def over(case: Case, device: torch.device, tolerance: float, **changed: Tensor) -> dict[str, float]:
     """What of a case is off by more than the tolerance; ``changed`` operands take the place of those drawn."""
-    found = errors(case.operands(device) | changed, case.settings)
+    found = errors(case.operands(device) | changed, case.settings, case.lengths)
     return {name: error for name, error in found.items() if not error <= tolerance}

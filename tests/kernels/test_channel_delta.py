@@ -67,6 +67,37 @@ def test_any_strides(layout: str, device: torch.device) -> None:
     assert over(case, device, TOLERANCE[torch.float64]) == {}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "layout", "separate"),
+    [
+        (torch.float64, (17, 0, 1, CHUNK * SEGMENT + 3, 0), "BHN", False),
+        pytest.param(torch.float64, (3, CHUNK * SEGMENT, 0, 1), "BNH", True, marks=pytest.mark.slow),
+        (torch.float32, (0, 16, 3), "BNH", True),
+        (torch.bfloat16, (3, 0, 17), "slice", False),
+        pytest.param(torch.bfloat16, (130, 1), "slice", True, marks=pytest.mark.slow),
+    ],
+)
+def test_packed_sequences_are_each_on_its_own(
+    dtype: torch.dtype, lengths: tuple[int, ...], layout: str, separate: bool, device: torch.device
+) -> None:
+    """Without a token, with a single one, with more than a segment, and one that ends where a chunk does."""
+    case = dataclasses.replace(SMALL, lengths=lengths, dtype=dtype, layout=layout, separate=separate)
+    case = dataclasses.replace(case, heads=2 if layout == "BNH" else 1, initial=layout != "BNH", strength=0.1)
+    assert over(case, device, TOLERANCE[dtype]) == {}
+
+
+@SEPARATE
+def test_a_packed_sequence_is_the_sequence_alone(separate: bool, device: torch.device) -> None:
+    x = ChannelDeltaCase(tokens=60, initial=False, separate=separate).operands(device)
+    packed, states = attention(**x, cu_seqlens=torch.tensor([0, 23, 60], device=device), return_state=True)
+    for number, part in enumerate((slice(0, 23), slice(23, 60))):
+        alone, state = attention(**{name: tensor[:, :, part] for name, tensor in x.items()}, return_state=True)
+        assert torch.equal(packed[:, :, part], alone)
+        assert states is not None
+        assert state is not None
+        assert torch.equal(states[number], state[0])
+
+
 @SEPARATE
 def test_results_have_the_layout_of_what_they_belong_to(separate: bool, device: torch.device) -> None:
     x = ChannelDeltaCase(batch=2, tokens=18, layout="BNH", initial=False, separate=separate).operands(device)
@@ -278,7 +309,16 @@ def test_opcheck_of_the_attention(separate: bool, device: torch.device) -> None:
     case = dataclasses.replace(SMALL, tokens=5, separate=separate, layout="BNH", initial=keep_state)
     x = {name: tensor.requires_grad_() for name, tensor in case.operands(device).items()}
     operands = [x.get(name) for name in (*NAMES, "initial_state")]
-    torch.library.opcheck(attention_op, (*operands, 0.3, not separate, keep_state, True))
+    torch.library.opcheck(attention_op, (*operands, None, 0.3, not separate, keep_state, True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_of_packed_sequences(device: torch.device) -> None:
+    case = dataclasses.replace(SMALL, lengths=(3, 0, 2))
+    x = {name: tensor.requires_grad_() for name, tensor in case.operands(device).items()}
+    operands = [x.get(name) for name in (*NAMES, "initial_state")]
+    borders = case.packing(device)["cu_seqlens"]
+    torch.library.opcheck(attention_op, (*operands, borders, 0.3, True, True, True))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -312,6 +352,8 @@ def test_what_no_kernel_takes_is_refused_in_a_sentence(device: torch.device) -> 
         attention(q[:, :, :0], k[:, :, :0], v[:, :, :0], log_decay[:, :, :0], beta=beta[:, :, :0])
     with pytest.raises(ValueError, match="scale = 0"):
         attention(**x, scale=0.0)
+    with pytest.raises(ValueError, match="initial_state is"):
+        attention(**x, cu_seqlens=torch.tensor([0, 2, 5], device=device), initial_state=q.new_zeros(1, 1, 12, 24))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="there the default is what the device has")

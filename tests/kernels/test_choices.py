@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from linbench_kernels import additive
+from linbench_kernels.additive.launch import configuration
 from linbench_kernels.choices import families, noted, replaced
 from linbench_kernels.device import INTERPRETED
 
@@ -44,6 +45,15 @@ def test_another_configuration_computes_the_same_and_is_forgotten(device: torch.
     with noted() as after:
         call(device)
     assert after[0].config.chunk != 16
+
+
+@pytest.mark.parametrize("tokens", [20, 4000])
+def test_what_is_noted_is_what_the_family_says_when_asked(tokens: int, device: torch.device) -> None:
+    """Few heads, so that a long sequence may be spread over a device in other blocks than the table has."""
+    q, k, v = torch.randn(3, 1, 2, tokens, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    with noted() as choices:
+        additive.attention(q, k, v)
+    assert choices[0].config == configuration(q, k, v)
 
 
 def test_the_tables_come_back_after_an_error(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ DTYPES = pytest.mark.parametrize(
     "dtype", [pytest.param(dtype, marks=pytest.mark.slow if dtype is torch.float64 else ()) for dtype in BOUND], ids=str
 )
 SIZES = {"heads": 2, "key_dim": 10}
-FIXED: dict[str, dict[str, Any]] = {"cosformer": {"max_length": 500}}
+FIXED: dict[str, dict[str, Any]] = {"cosformer": {"max_length": 500}, "based": {"feature_dim": 6, "window": 20}}
 """What has no default that suits."""
 
 
@@ -131,11 +132,19 @@ def test_a_step_changes_its_state_in_place_and_allocates_no_other(name: str, dev
     assert mechanism.steps_in_place
     qkv, extras = draw(mechanism, 9, torch.float32, device)
     _, state = prefilled(mechanism, 8, qkv, extras)
-    places = [x.data_ptr() for x in tensors_of(state)]
-    before = [x.clone() for x in tensors_of(state)]
+    places, before = [x.data_ptr() for x in memory(state)], [x.clone() for x in memory(state)]
     _, after = mechanism.step(*(x[:, :, 8] for x in qkv), state, **extras_at(extras, 8))
-    assert [x.data_ptr() for x in tensors_of(after)] == places
-    assert not all(torch.equal(x, y) for x, y in zip(tensors_of(state), before, strict=True))
+    assert [x.data_ptr() for x in memory(after)] == places
+    assert not all(torch.equal(x, y) for x, y in zip(memory(state), before, strict=True))
+
+
+def memory(state: Any) -> list[Tensor]:
+    """All tensors of a state, whether what they hold counts or not."""
+    if isinstance(state, Tensor):
+        return [state]
+    if dataclasses.is_dataclass(state):
+        return memory([getattr(state, field.name) for field in dataclasses.fields(state)])
+    return [x for part in state for x in memory(part)] if isinstance(state, list | tuple) else []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """fp32 and fp64: rounding of sums of some hundred terms. bf16 and fp16: a few units in the last place."""
+SLOW = pytest.mark.slow
+TOKENS = [1, 17, 49, *(pytest.param(tokens, marks=SLOW) for tokens in (2, 15, 16, 32, 48))]
+LEVELS = [1, 5, 6, *(pytest.param(levels, marks=SLOW) for levels in (2, 4, 7, 40))]
 NEGLIGIBLE = 0.01
 """A gradient smaller than this share of all together is judged on that scale: that of a decay of e^-40 is rounding."""
 
@@ -51,7 +54,7 @@ class Case:
 
     batch: int = 1
     heads: int = 2
-    tokens: int = 150
+    tokens: int = 90
     key_dim: int = 12
     value_dim: int = 20
     levels: int = 9
@@ -123,19 +126,19 @@ def test_outputs_and_gradients_are_those_of_all_pairs(dtype: torch.dtype, device
     assert over(Case(dtype=dtype), device, TOLERANCE[dtype]) == {}
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 32, 48, 49])
+@pytest.mark.parametrize("tokens", TOKENS)
 def test_any_number_of_tokens(tokens: int, device: torch.device) -> None:
     assert over(Case(tokens=tokens, key_dim=5, value_dim=7), device, TOLERANCE[torch.float32]) == {}
 
 
-@pytest.mark.parametrize("levels", [1, 2, 4, 5, 6, 7, 40])
+@pytest.mark.parametrize("levels", LEVELS)
 def test_any_number_of_levels(levels: int, device: torch.device) -> None:
     """Fewer than a chunk has, and fewer than chunks have: the last one serves all beyond it."""
     case = Case(tokens=70, heads=1, key_dim=5, value_dim=7, levels=levels, dtype=torch.float64)
     assert over(case, device, TOLERANCE[torch.float64]) == {}
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(1, 1), (24, 80), (130, 48), (16, 256)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(1, 1), (130, 48)])
 def test_any_width(key_dim: int, value_dim: int, device: torch.device) -> None:
     case = Case(tokens=40, heads=1, key_dim=key_dim, value_dim=value_dim, dtype=torch.bfloat16)
     assert over(case, device, TOLERANCE[torch.bfloat16]) == {}
@@ -143,7 +146,7 @@ def test_any_width(key_dim: int, value_dim: int, device: torch.device) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (128, 128), (256, 16), (256, 200), (100, 36)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (128, 128), (256, 16), (16, 256), (256, 200), (100, 36)])
 def test_every_width(key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
     case = Case(tokens=75, key_dim=key_dim, value_dim=value_dim, dtype=dtype)
     assert over(case, device, TOLERANCE[dtype]) == {}
@@ -156,7 +159,7 @@ def test_defaults_of_every_architecture(
     arch: str, width: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "arch_of", lambda _: arch)
-    case = Case(tokens=200, heads=1, key_dim=width, value_dim=width - 8, dtype=torch.bfloat16)
+    case = Case(tokens=150, heads=1, key_dim=width, value_dim=width - 8, dtype=torch.bfloat16)
     assert over(case, device, TOLERANCE[torch.bfloat16]) == {}
 
 
@@ -174,7 +177,7 @@ def test_results_have_the_layout_of_what_they_belong_to(device: torch.device) ->
         assert found.stride() == given.stride()
 
 
-@pytest.mark.parametrize("strength", [0.0, 1e-3, 3.0, 400.0])
+@pytest.mark.parametrize("strength", [0.0, pytest.param(1e-3, marks=SLOW), pytest.param(3.0, marks=SLOW), 400.0])
 def test_weak_and_strong_decays(strength: float, device: torch.device) -> None:
     """Up to e^-800 a token, and none at all."""
     case = Case(tokens=70, heads=1, key_dim=6, value_dim=5, strength=strength, dtype=torch.float64)
@@ -215,14 +218,14 @@ def test_the_future_changes_no_bit_of_the_past(device: torch.device) -> None:
     x = Case().operands(device)
     out = attention(**x)
     for tensor in x.values():
-        tensor[:, :, 103:] *= 1000
-    assert torch.equal(attention(**x)[:, :, :103], out[:, :, :103])
+        tensor[:, :, 61:] *= 1000
+    assert torch.equal(attention(**x)[:, :, :61], out[:, :, :61])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=SLOW), torch.bfloat16])
 def test_the_gradient_of_decays_does_not_drift_over_many_tokens(dtype: torch.dtype, device: torch.device) -> None:
     """It is a difference of two sums over all later tokens: what is lost of either alone would add up."""
-    case = Case(heads=1, tokens=400, key_dim=16, value_dim=16, dtype=dtype)
+    case = Case(heads=1, tokens=250, key_dim=16, value_dim=16, dtype=dtype)
     assert errors(case.operands(device))["log_decay"] <= {torch.float32: 2e-5, torch.bfloat16: 1e-3}[dtype]
 
 
@@ -232,15 +235,15 @@ def test_long_sequences(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("levels", [1, 3, 7])
+@pytest.mark.parametrize("levels", [1, 3])
 def test_steps_are_rows_of_the_whole(levels: int, dtype: torch.dtype, device: torch.device) -> None:
     """From a state of numbers that hold nothing: which levels do follows from the position."""
-    case = Case(tokens=18, key_dim=70, value_dim=40, levels=levels, dtype=dtype, layout="BNH", batch=2)
+    case = Case(tokens=18, key_dim=20, value_dim=40, levels=levels, dtype=dtype, layout="BNH")
     x = case.operands(device)
     x["log_decay"][:, 0, 7] = -torch.inf
     expected = all_pairs(**{name: tensor.cpu().double() for name, tensor in x.items()})
     precise = torch.promote_types(dtype, torch.float32)
-    state = torch.full((2, 2, levels, 70, 40), torch.nan, dtype=precise, device=device)
+    state = torch.full((1, 2, levels, 20, 40), torch.nan, dtype=precise, device=device)
     rows = []
     for token in range(case.tokens):
         row = {name: tensor[:, :, token] for name, tensor in x.items()}

@@ -169,3 +169,31 @@ def test_short_rows_are_left_out_of_the_overlap():
     one = call(causal=True, length=6)
     assert measured(one, one.forward(), top=4).top_overlap is None
     assert measured(one, one.forward(), top=3).top_overlap == 1
+
+
+@pytest.mark.parametrize(("rows", "size", "causal"), [(37, 5, False), (37, 37, True), (11, 4, True)])
+def test_the_picture_holds_every_weight_of_its_rows(rows, size, causal):
+    one = call(causal=causal)
+    output = one.forward()
+    limits = {"rows": rows, "channel_tokens": 100}
+    found = measure_attention_map(one, output, top=4, **limits, picture=size).picture
+    maps = probe(one, output, **limits)
+    weights = torch.tensor(found.weights)
+    assert weights.shape == (min(size, rows), size)
+    assert weights.sum(-1) == pytest.approx(torch.ones(len(weights)), abs=5e-3)
+    assert found.exact_weights == found.weights
+    assert (found.queries[0], found.keys[0]) == (int(maps.sample.positions[0]), 0)
+    if size == 37:
+        assert weights.double().numpy() == pytest.approx(maps.exact[0].numpy(), rel=5e-3, abs=1e-9)
+        assert (found.queries, found.keys) == (list(range(37)), list(range(37)))
+
+
+def test_singular_values_descend_from_one_and_tell_the_rank():
+    one, output = known(lambda v: v.mean(2, keepdim=True).expand_as(v))
+    block = measured(one, output)
+    assert block.singular_values[0] == 1
+    assert max(block.singular_values[1:]) < 1e-6
+    assert sorted(block.exact_singular_values, reverse=True) == block.exact_singular_values
+    assert sum(value > 0.01 for value in block.exact_singular_values) == pytest.approx(
+        block.exact_numerical_rank, abs=2
+    )

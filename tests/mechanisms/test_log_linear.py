@@ -88,8 +88,8 @@ def test_a_decoder_keeps_a_state_per_set_bit():
             q[:, :, t], k[:, :, t], v[:, :, t], state, **{n: x[:, :, t] for n, x in extras.items()}
         )
         outputs.append(out)
-        assert sum(x.nbytes for x in state.states.values()) == mechanism.state_bytes(t + 1, torch.float64)
-        assert len(state.states) <= t.bit_count() + 1
+        assert sum(x.nbytes for x in state.held()) == mechanism.state_bytes(t + 1, torch.float64)
+        assert len(state.held()) <= t.bit_count() + 1
     torch.testing.assert_close(torch.stack(outputs, 2), mechanism(q, k, v, **extras))
 
 

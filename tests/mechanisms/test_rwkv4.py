@@ -146,13 +146,13 @@ def test_a_step_continues_where_the_parallel_form_ends():
     r, k, v = draw(2, 3, 40, 5, dtype=torch.float32)
     mechanism = rwkv4(3, 5)
     state = mechanism.initial_state(2, r.device, torch.bfloat16)
-    assert [part.dtype for part in state] == [torch.float32] * 3
-    assert sum(part.nbytes for part in state) == 2 * mechanism.state_bytes(40, torch.bfloat16) == 2 * 3 * 3 * 5 * 4
+    assert state.dtype is torch.float32
+    assert state.nbytes == 2 * mechanism.state_bytes(40, torch.bfloat16) == 2 * 3 * 3 * 5 * 4
     for t in range(40):
         out, state = mechanism.step(*(x[:, :, t] for x in (r, k, v)), state)
     torch.testing.assert_close(out, mechanism(r, k, v)[:, :, -1])
     weights = torch.exp(k.double() - torch.arange(39, -1, -1)[:, None] * mechanism.log_rate.exp()[:, None])
-    numerator, denominator, level = (x.double() for x in state)
+    numerator, denominator, level = state.double().unbind(2)
     torch.testing.assert_close(denominator * level.exp(), weights.sum(2), rtol=1e-5, atol=0)
     torch.testing.assert_close(numerator * level.exp(), (weights * v).sum(2), rtol=1e-4, atol=1e-4)
 

@@ -136,3 +136,27 @@ class Browser:
             if event.get("method") == "Network.requestWillBeSent"
         ]
         return [url for url in sent if not url.startswith(("data:", "blob:"))]
+
+
+def texts(browser: Browser, selector: str) -> list[str]:
+    """Of all elements that a selector finds."""
+    return browser.js(f"[...document.querySelectorAll({selector!r})].map((one) => one.textContent)")
+
+
+def choose(browser: Browser, label: str, value: str) -> None:
+    """Change a filter as a person does."""
+    browser.js(
+        f"""(() => {{
+        const labels = [...document.querySelectorAll(".choice")];
+        const choice = labels.find((one) => one.firstChild.textContent === {label!r});
+        const select = choice.querySelector("select");
+        select.value = [...select.options].find((one) => one.textContent === {value!r}).value;
+        select.dispatchEvent(new Event("change"));
+    }})()"""
+    )
+
+
+def see(browser: Browser, slug: str) -> None:
+    """Scroll to a figure and wait until it is drawn."""
+    browser.js(f"document.querySelector('[data-chart={slug}]').scrollIntoView()")
+    browser.wait(f"document.querySelector('[data-chart={slug}] .plot')?.data?.length > 0")

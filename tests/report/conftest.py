@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import PROGRAM, Browser
 
 from linbench.cell import Cell
 from linbench.record import Check, Environment, Error, Memory, Record, Run, Speed, Status
+from linbench.report.page import write_report
 
 BLOCKS = ("speed", "memory", "error")
 
@@ -179,3 +181,34 @@ def run() -> Callable[..., Run]:
 @pytest.fixture
 def sweep() -> Callable[..., list[Record]]:
     return make_sweep
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if PROGRAM is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    started = Browser(tmp_path_factory.mktemp("browser"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path, run, monkeypatch):
+    """Writes a report, opens its page, and finds nothing to complain of when all is done."""
+
+    def write(records, runs=None, **options):
+        # the page draws its figures itself; those of the files take most of the time of a report
+        monkeypatch.setattr("linbench.report.page.save_files", lambda *_: None)
+        page = write_report(records, [run()] if runs is None else runs, tmp_path / "report", "A title")
+        browser.open(page, **options)
+        return browser
+
+    yield write
+    assert browser.complaints() == []
+    assert all(url.startswith("file:///") for url in browser.requests())
+    assert len(browser.requests()) == 1
+
+
+@pytest.fixture
+def small(sweep):
+    return sweep(lengths=(1024, 2048, 4096, 8192))

@@ -1,6 +1,7 @@
 """What other tools read is what was measured: the same cells, numbers and units."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,22 @@ def test_latex_has_a_row_for_every_series_and_marks_what_there_is_not(measured, 
     assert r"\textbf{500 $\mu$s}" in text
     bodies = [line for line in text.splitlines() if line.startswith(("softmax", "linear"))]
     assert all(line.endswith(r"\\") for line in bodies)
+
+
+def test_latex_typesets_and_no_table_is_wider_than_a_line(sweep, record, run, tmp_path):
+    program = shutil.which("pdflatex")
+    if program is None:
+        pytest.skip("no pdflatex on this machine")
+    wide = {"a_long_name": 123456, "another": "with_words", "b": True}
+    records = [*sweep(), *(record("rfa", 1024, ms=3, hyperparameters=wide | {"features": n}) for n in (64, 128))]
+    export(records, [run()], tmp_path / "cells.tex")
+    head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{cells}\end{document}"
+    (tmp_path / "paper.tex").write_text(head)
+    words = ["-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
+    assert (tmp_path / "paper.pdf").stat().st_size > 10_000
 
 
 def test_latex_special_characters_are_escaped():

@@ -2,8 +2,8 @@
 
 from linbench.cell import Cell
 from linbench.record import Frontier, Probe
-from linbench.report import write_report
 from linbench.report.frontiers import frontier_section
+from linbench.report.page import write_report
 
 
 def frontier(mechanism, fits, fails, status, **changes):

@@ -1,13 +1,12 @@
 import json
 import re
-import time
 from html.parser import HTMLParser
 
 import pytest
 
 from linbench.record import Cost, Peaks
-from linbench.report import write_report
 from linbench.report.league import make_leagues
+from linbench.report.page import write_report
 from linbench.report.points import make_points
 from linbench.report.style import PAPER, VARIABLES, mechanism_marks
 from linbench.report.units import latency
@@ -287,17 +286,3 @@ def test_failing_report_leaves_the_one_before_it(written, record, tmp_path, monk
     with pytest.raises(ZeroDivisionError):
         written([record("linear")])
     assert (tmp_path / "report" / "index.html").read_text(encoding="utf-8") == before
-
-
-@pytest.mark.slow
-def test_five_thousand_records_take_seconds(written, sweep):
-    records = [
-        one.model_copy(update={"cell": one.cell.model_copy(update={"seed": seed, "inputs": inputs})})
-        for one in sweep()
-        for seed in range(13)
-        for inputs in ("gaussian", "needle", "uniform", "low_rank")
-    ]
-    assert len(records) > 4900
-    start = time.process_time()
-    written(records)
-    assert time.process_time() - start < 20

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from linbench.record import Round, Status
-from linbench.report import write_report
+from linbench.report.page import write_report
 from linbench.report.points import make_points
 from linbench.report.rounds import rounds_section, sentence, shift, shifts, within
 

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from linbench.record import AttentionMap, ColdStart, Cost, Fit, Kernel, Structure
-from linbench.report import write_report
 from linbench.report.frame import records_frame
 from linbench.report.growth import claimed_exponent, fitted_exponent, growth_section
+from linbench.report.page import write_report
 from linbench.report.papers import PAPERS, paper_sections
 from linbench.report.points import make_points
 from linbench.report.sections import (

@@ -187,21 +187,46 @@ def parts(plan: Plan, task: Task) -> int:
     return keys + 1 if plan.joint else 2 * keys + values
 
 
+def enough(multiprocessors: int) -> int:
+    """Programs that fill a device: ten for every eleven multiprocessors, 120 of 132."""
+    return cdiv(multiprocessors * 10, 11)
+
+
+FEWEST_COLUMNS = 16
+"""Of a product of tiles."""
+
+
+def narrowed(columns: int, heads: int, widths: tuple[int, ...], multiprocessors: int) -> int:
+    """Columns of a block in a scan whose only parts are blocks, where ``heads`` = S·H may leave the device idle.
+
+    Heads enough for the device are left as they are. For fewer, blocks are halved until their programs fill it, down to
+    16 columns. Every block makes what it needs of the keys anew, and reads what they share from the cache.
+
+    Args:
+        widths: what is cut in blocks, each by programs of its own.
+    """
+    full = enough(multiprocessors)
+    if heads == 0 or heads >= full:
+        return columns
+    while heads * sum(cdiv(x, min(columns, block(x))) for x in widths) < full and columns > FEWEST_COLUMNS:
+        columns //= 2
+    return columns
+
+
 @functools.cache
 def filled(chosen: Config, task: Task, heads: int, length: int, multiprocessors: int) -> Plan:
     """The configuration of a task where ``heads`` = S·H alone may leave a part of the device idle.
 
-    The device counts as full when programs are ten for every eleven multiprocessors (120 of 132). Heads enough for that
-    are left as they are. Fewer, where their programs do not fill it, get scans of their own for dk and dv and narrower
-    blocks of columns, down to 32, which multiply the same scores more often but read nothing twice: what they share is
-    in the cache. Where more than half of the device would be idle even so, sequences are cut in segments of four chunks
-    or more, which begin by reading k and v once more.
+    Heads enough for the device (:func:`enough`) are left as they are. Fewer, where their programs do not fill it, get
+    scans of their own for dk and dv and narrower blocks of columns, down to 32, which multiply the same scores more
+    often but read nothing twice: what they share is in the cache. Where more than half of the device would be idle even
+    so, sequences are cut in segments of four chunks or more, which begin by reading k and v once more.
 
     Args:
         length: tokens of a sequence, on average where they are packed.
     """
     plan = Plan(**vars(chosen), joint=joint(task))
-    full = cdiv(multiprocessors * 10, 11)
+    full = enough(multiprocessors)
     if heads == 0 or heads >= full:
         return plan
     if heads * parts(plan, task) < full:

@@ -5,6 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
+def numbers_of(x, batch, head, heads, length, first, count):
+    """Where in a contiguous ``[B, H, length]`` a span of ``count`` lies, as ``load_row`` and ``store_row`` find it."""
+    return x + (batch.to(tl.int64) * heads + head) * (length - count) + first
+
+
+@triton.jit
 def span(index, cu_seqlens, heads, length, segments, CHUNK: tl.constexpr, SEGMENTED: tl.constexpr):
     """Where the segment number ``index`` lies: segment, sequence, batch, head, first token, tokens.
 

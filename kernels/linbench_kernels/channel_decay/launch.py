@@ -6,10 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from linbench_kernels.additive.configs import arithmetic, block
+from linbench_kernels.additive.configs import arithmetic, block, narrowed
 from linbench_kernels.additive.launch import (
     arch_of,
     described,
+    multiprocessors_of,
     of_every_head,
     of_groups,
     products,
@@ -44,7 +45,8 @@ def forward(
     out = torch.empty_like(v)
     aligned = all(described(x) for x in (q, k, v, out))
     chosen = config(task("forward", arch, numbers, key_dim, value_dim, aligned))
-    columns = min(chosen.columns, block(value_dim))
+    columns = narrowed(chosen.columns, sequences * heads, (value_dim,), multiprocessors_of(q))
+    columns = min(columns, block(value_dim))
     if chosen.tma:
         triton.set_allocator(scratch)
     state = q.new_empty(sequences, heads, key_dim, value_dim, dtype=numbers.state) if keep_state else None
@@ -122,7 +124,8 @@ def backward(
         **products(numbers),
         "SPLIT": with_decay and q.dtype is torch.bfloat16,
     }
-    columns_d, columns_m = (min(first.columns, block(width)) for width in (key_dim, value_dim))
+    columns = narrowed(first.columns, sequences * heads, (key_dim, value_dim), multiprocessors_of(q))
+    columns_d, columns_m = (min(columns, block(width)) for width in (key_dim, value_dim))
     parts = triton.cdiv(key_dim, columns_d) + triton.cdiv(value_dim, columns_m)
     bonus = small(bonus)
     if sequences * heads > 0:
@@ -153,7 +156,8 @@ def backward(
             **shared,
             **compiled(first),
         )
-        columns_d = min(second.columns, block(key_dim))
+        columns = narrowed(second.columns, sequences * heads, (key_dim,), multiprocessors_of(q))
+        columns_d = min(columns, block(key_dim))
         keys_kernel[(sequences * heads * triton.cdiv(key_dim, columns_d),)](
             q,
             k,

@@ -8,6 +8,8 @@ from linbench_kernels.additive.configs import Config, block
 from linbench_kernels.tables import tuned
 
 KERNELS = ("prepare", "forward", "reverse", "reading", "writing")
+SCANS = ("forward", "reverse")
+"""Those of them whose programs are heads and blocks of value columns; others have one for every chunk or segment."""
 CHUNK = 16
 """Tokens that a program takes at once: as many as one product of tiles has rows."""
 SEGMENT = 8
@@ -38,7 +40,7 @@ def config(task: Task) -> Config:
     width = max(block(task.key_dim), block(task.value_dim))
     if task.arch == "interpreter":
         return Config(chunk=CHUNK, columns=64, warps=4, stages=1)  # wide ones need fewer steps
-    scan = task.kernel in {"forward", "reverse"}
+    scan = task.kernel in SCANS
     if task.kernel == "prepare":
         return Config(chunk=CHUNK, columns=CHUNK, warps=8 if width > 64 else 4, stages=1)
     if task.operand_bytes > 2:

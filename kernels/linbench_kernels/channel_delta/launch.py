@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block
-from linbench_kernels.additive.launch import arch_of, products, strides
-from linbench_kernels.channel_delta.configs import CHUNK, SEGMENT, Task, config
+from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block, narrowed
+from linbench_kernels.additive.launch import arch_of, multiprocessors_of, products, sequences_of, small, strides
+from linbench_kernels.channel_delta.configs import CHUNK, SCANS, SEGMENT, Task, config
 from linbench_kernels.channel_delta.forward import forward_kernel
 from linbench_kernels.channel_delta.prepare import prepare_kernel
 from linbench_kernels.channel_delta.reading import reading_kernel
@@ -19,6 +21,7 @@ from linbench_kernels.channel_delta.reverse import reverse_kernel
 from linbench_kernels.channel_delta.step import step_kernel
 from linbench_kernels.channel_delta.writing import writing_kernel
 from linbench_kernels.delta.launch import STORED
+from linbench_kernels.delta.slots import sequence_of_slots, slots_of
 
 Factors = tuple[Tensor | None, Tensor | None]
 """One over the norms of q and of k, ``[B, H, N]`` each, or None twice."""
@@ -26,7 +29,7 @@ Factors = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Operands:
-    """What enters the recurrence; β is contiguous."""
+    """What enters the recurrence; β and the borders of sequences are contiguous."""
 
     q: Tensor
     k: Tensor
@@ -36,6 +39,7 @@ class Operands:
     removed: Tensor | None
     written: Tensor | None
     initial_state: Tensor | None
+    cu_seqlens: Tensor | None
     scale: float
 
     @property
@@ -59,14 +63,34 @@ class Operands:
         return self.q.shape[0] * self.q.shape[1]
 
     @property
-    def chunks(self) -> int:
-        """⌈N / C⌉."""
-        return int(triton.cdiv(self.q.shape[2], CHUNK))
+    def programs(self) -> int:
+        """S·H: of a scan, for every block of columns; none where there is nothing to do."""
+        return sequences_of(self.q, self.cu_seqlens) * self.q.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """Of chunks, as in ``delta.slots``."""
+        return slots_of(self.q.shape[2], CHUNK, self.cu_seqlens)
 
     @property
     def segments(self) -> int:
-        """How many states are stored."""
-        return int(triton.cdiv(self.chunks, SEGMENT))
+        """Slots of segments, for as many states."""
+        return slots_of(self.q.shape[2], CHUNK * SEGMENT, self.cu_seqlens)
+
+    @functools.cached_property
+    def sequence_of_slots(self) -> Tensor | None:
+        """``[slots]``, of chunks of packed sequences."""
+        return sequence_of_slots(self.q.shape[2], CHUNK, self.cu_seqlens)
+
+    @functools.cached_property
+    def sequence_of_segments(self) -> Tensor | None:
+        """``[segments]``, the same."""
+        return sequence_of_slots(self.q.shape[2], CHUNK * SEGMENT, self.cu_seqlens)
+
+    @property
+    def end_shape(self) -> tuple[int, ...]:
+        """Of a state before or after every sequence."""
+        return (sequences_of(self.q, self.cu_seqlens), self.q.shape[1], *self.widths)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -79,13 +103,17 @@ class Operands:
         return (*self.q.shape[:2], self.segments, *self.widths)
 
     def config(self, kernel: str) -> Config:
-        """Of a kernel."""
-        return config(Task(kernel, self.arch, self.stored.itemsize, *self.widths, self.removed is not None))
+        """Of a kernel, with narrower blocks of values where there are few heads."""
+        chosen = config(Task(kernel, self.arch, self.stored.itemsize, *self.widths, self.removed is not None))
+        if kernel in SCANS:
+            columns = narrowed(chosen.columns, self.programs, self.widths[1:], multiprocessors_of(self.q))
+            return chosen if columns == chosen.columns else dataclasses.replace(chosen, columns=columns)
+        return chosen
 
     def settings(self, kernel: str) -> tuple[int, dict[str, Any]]:
         """Blocks of columns, and what all scans take."""
         chosen, (key_dim, value_dim) = self.config(kernel), self.widths
-        scanned = kernel in {"forward", "reverse"}
+        scanned = kernel in SCANS
         width, whole = (value_dim, key_dim) if scanned else (key_dim, value_dim)
         columns = min(chosen.columns, block(width))
         return int(triton.cdiv(width, columns)), {
@@ -104,7 +132,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What ``prepare`` makes of every chunk, ``[B, H, chunks, C, C]``."""
+    """What ``prepare`` makes of every chunk, ``[B, H, slots, C, C]``."""
 
     inverse: Tensor
     query_written: Tensor
@@ -119,10 +147,10 @@ class Pairs:
 
 def prepare(x: Operands, factors: Factors, backward: bool) -> Pairs:
     """The products and inverses of all chunks; the forward writes the factors."""
-    shape = (*x.q.shape[:2], x.chunks, CHUNK, CHUNK)
+    shape = (*x.q.shape[:2], x.slots, CHUNK, CHUNK)
     made = [x.q.new_empty(shape, dtype=x.stored) for _ in range(2 if x.removed is None else 4)]
     pairs = Pairs(*made, *[None] * (4 - len(made)))
-    prepare_kernel[(x.heads * x.chunks,)](
+    prepare_kernel[(x.heads * x.slots,)](
         x.q,
         x.k,
         x.removed,
@@ -131,9 +159,12 @@ def prepare(x: Operands, factors: Factors, backward: bool) -> Pairs:
         x.beta,
         x.log_decay,
         *pairs.all,
+        x.cu_seqlens,
+        x.sequence_of_slots,
         *strides_of(x.q, x.k, x.removed, x.written, x.log_decay),
         x.q.shape[1],
         x.q.shape[2],
+        x.slots,
         scale=x.scale,
         D=x.widths[0],
         BLOCK_D=block(x.widths[0]),
@@ -154,25 +185,26 @@ def forward(
     removed: Tensor | None,
     written: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     unit: bool,
     keep_state: bool,
     keep_residuals: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the final state, the residuals, a state a segment, factors ``[2, B, H, N]``; empty if not wanted."""
-    beta = None if beta is None else beta.contiguous()
-    x = Operands(q, k, v, log_decay, beta, removed, written, initial_state, scale)
+    beta = small(beta)
+    x = Operands(q, k, v, log_decay, beta, removed, written, initial_state, small(cu_seqlens), scale)
     out = torch.empty_like(v)
     precise = x.numbers.state
-    state = q.new_empty(*q.shape[:2], *x.widths, dtype=precise) if keep_state else None
+    state = q.new_empty(x.end_shape, dtype=precise) if keep_state else None
     residuals = torch.empty_like(out) if keep_residuals else None
     states = q.new_empty(x.states_shape, dtype=x.stored) if keep_residuals else None
     both = q.new_empty(2, *q.shape[:3], dtype=precise) if unit else None
     factors: Factors = (None, None) if both is None else (both[0], both[1])
-    if x.heads:
+    if x.programs:
         pairs = prepare(x, factors, backward=False)
         blocks, settings = x.settings("forward")
-        forward_kernel[(x.heads * blocks,)](
+        forward_kernel[(x.programs * blocks,)](
             q,
             k,
             removed,
@@ -187,9 +219,12 @@ def forward(
             states,
             initial_state,
             state,
+            x.cu_seqlens,
             *strides_of(q, k, removed, written, v, log_decay, out, initial_state),
             q.shape[1],
             q.shape[2],
+            x.slots,
+            x.segments,
             **settings,
             SPLIT=x.numbers.operand == "bf16",
         )
@@ -209,6 +244,7 @@ def backward(
     removed: Tensor | None,
     written: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     out: Tensor | None,
     residuals: Tensor,
     states: Tensor,
@@ -222,8 +258,7 @@ def backward(
         out: of the forward, with the factors.
         with_decay: whether the decays are to have one.
     """
-    steady = None if beta is None else beta.contiguous()
-    x = Operands(q, k, v, log_decay, steady, removed, written, initial_state, scale)
+    x = Operands(q, k, v, log_decay, small(beta), removed, written, initial_state, small(cu_seqlens), scale)
     q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(residuals)
     separate = removed is not None
     removed_grad = torch.empty_like(k, dtype=x.stored) if removed is None else torch.empty_like(removed)
@@ -231,11 +266,11 @@ def backward(
     decay_grad = torch.empty_like(log_decay) if with_decay else None
     before_grad, beta_grad = None, None
     if initial_state is not None:
-        before_grad = q.new_empty(*q.shape[:2], *x.widths, dtype=x.numbers.state)
+        before_grad = q.new_empty(x.end_shape, dtype=x.numbers.state)
     if beta is not None:
         blocks, _ = x.settings("reverse")
         beta_grad = q.new_empty(blocks, *q.shape[:3], dtype=x.numbers.state)
-    if x.heads:
+    if x.programs:
         norms: Factors = (None, None) if factors is None else (factors[0], factors[1])
         changes = torch.empty_like(v_grad) if separate else v_grad
         state_grads = torch.empty_like(states)
@@ -272,7 +307,7 @@ def reverse(
 ) -> None:
     """Gradients of residuals (``changes``), v, β and states, written."""
     blocks, settings = x.settings("reverse")
-    reverse_kernel[(x.heads * blocks,)](
+    reverse_kernel[(x.programs * blocks,)](
         x.q,
         x.k,
         x.removed,
@@ -289,9 +324,13 @@ def reverse(
         state_grads,
         after_grad,
         before_grad,
+        x.cu_seqlens,
         *strides_of(x.q, x.k, x.removed, x.written, residuals, out_grad, x.log_decay, after_grad),
+        0 if beta_dots is None else beta_dots.stride(0),
         x.q.shape[1],
         x.q.shape[2],
+        x.slots,
+        x.segments,
         **settings,
     )
 
@@ -329,9 +368,12 @@ def reading(
         x.initial_state,
         *made,
         met,
+        x.cu_seqlens,
+        x.sequence_of_segments,
         *strides_of(x.q, x.k, x.removed, x.written, x.v, inside[0], out_grad, x.log_decay, x.initial_state, *made),
         x.q.shape[1],
         x.q.shape[2],
+        x.segments,
         **settings,
         SPLIT=x.numbers.operand == "bf16",
     )
@@ -362,9 +404,12 @@ def writing(
         state_grads,
         met,
         *made,
+        x.cu_seqlens,
+        x.sequence_of_segments,
         *strides_of(x.q, x.k, x.removed, x.written, x.v, inside[0], out_grad, x.log_decay, *made),
         x.q.shape[1],
         x.q.shape[2],
+        x.segments,
         **settings,
         SPLIT=x.numbers.operand == "bf16",
     )

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linbench_kernels.additive.operator import check, expect, recorded
+from linbench_kernels.additive.launch import sequences_of
+from linbench_kernels.additive.operator import check, check_packing, expect, recorded
 from linbench_kernels.channel_delta import launch
 from linbench_kernels.channel_delta.configs import CHUNK, SEGMENT
+from linbench_kernels.delta.slots import slots_of
 
 
 def attention(
@@ -25,6 +27,7 @@ def attention(
     unit: bool | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """o_t = scale · S_tᵀ q_t with the value of a key replaced in a state whose channels fade at rates α_t of their own.
 
@@ -33,7 +36,7 @@ def attention(
     written_t (S_{t−1}ᵀ removed_t)ᵀ + k_t v_tᵀ, where the state is read before it fades.
 
     Sums are kept in fp32 (fp64 for fp64). Differentiable in every tensor, once. Tensors are taken in the strides that
-    they have, and results come in those of what they belong to.
+    they have, and results come in those of what they belong to. Heads of q and k are those of v, as in both papers.
 
     Args:
         q: ``[B, H, N, D]``; bf16, fp16, fp32 or fp64, as k ``[B, H, N, D]`` and v ``[B, H, N, M]``; D and M up to 256.
@@ -42,8 +45,11 @@ def attention(
         removed: ``[B, H, N, D]`` in the dtype of k, as ``written``: both or neither, and instead of β.
         unit: q and k are divided by their norms first, and gradients go through that; rows of zeros stay. With β only,
             and then the default. Without it rows of k longer than √(2/β) let the state grow without bound.
-        initial_state: S_0 ``[B, H, D, M]``; zeros when None.
+        initial_state: S_0 ``[S, H, D, M]``; zeros when None. S is B, or the number of packed sequences.
         return_state: whether S_N is wanted.
+        cu_seqlens: whole numbers ``[S + 1]`` on the device of q, from 0 to N and never falling, for S sequences that
+            are packed one after the other in the only element of the batch: s has the tokens from ``cu_seqlens[s]`` to
+            ``cu_seqlens[s + 1]``, and may have none.
 
     Returns:
         o ``[B, H, N, M]`` in the dtype of v, and S_N in fp32 (fp64), or None.
@@ -56,14 +62,15 @@ def attention(
     unit = together(k, beta, removed, written, unit)
     expect("log_decay", log_decay, (batch, heads, length, key_dim))
     expect("beta", beta, (batch, heads, length))
-    expect("initial_state", initial_state, (batch, heads, key_dim, v.shape[-1]))
+    sequences = check_packing(cu_seqlens, batch)
+    expect("initial_state", initial_state, (sequences, heads, key_dim, v.shape[-1]))
     if not length:
         raise ValueError("N = 0: a token at least is needed")
     if not scale:
         raise ValueError("scale = 0: all of the outputs would be zero")
     operands = (q, k, v, log_decay, beta, removed, written, initial_state)
     keep = recorded(*operands)
-    out, state, *_ = attention_op(*operands, float(scale), unit, return_state, keep)
+    out, state, *_ = attention_op(*operands, cu_seqlens, float(scale), unit, return_state, keep)
     return out, state if return_state else None
 
 
@@ -122,13 +129,14 @@ def attention_op(
     removed: Tensor | None,
     written: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     unit: bool,
     keep_state: bool,
     keep_residuals: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`~linbench_kernels.channel_delta.launch.forward` as an operator of torch."""
-    operands = (q, k, v, log_decay, beta, removed, written, initial_state)
+    operands = (q, k, v, log_decay, beta, removed, written, initial_state, cu_seqlens)
     return launch.forward(*operands, scale, unit, keep_state, keep_residuals)
 
 
@@ -142,6 +150,7 @@ def _(
     removed: Tensor | None,
     written: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     unit: bool,
     keep_state: bool,
@@ -149,12 +158,12 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, heads, length, key_dim = q.shape
     precise = torch.promote_types(q.dtype, torch.float32)
-    shape = (batch, heads, key_dim, v.shape[-1])
+    shape = (sequences_of(q, cu_seqlens), heads, key_dim, v.shape[-1])
     state = q.new_empty(shape, dtype=precise) if keep_state else q.new_empty(0)
     residuals, states, factors = (q.new_empty(0) for _ in range(3))
     if keep_residuals:
         residuals = torch.empty_like(v)
-        segments = -(-length // (CHUNK * SEGMENT))
+        segments = slots_of(length, CHUNK * SEGMENT, cu_seqlens)
         stored = q.dtype if q.dtype is torch.bfloat16 else precise
         states = q.new_empty((batch, heads, segments, key_dim, v.shape[-1]), dtype=stored)
         if unit:
@@ -174,6 +183,7 @@ def backward_op(
     removed: Tensor | None,
     written: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     out: Tensor | None,
     residuals: Tensor,
     states: Tensor,
@@ -182,7 +192,7 @@ def backward_op(
     with_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`~linbench_kernels.channel_delta.launch.backward` as an operator of torch."""
-    operands = (q, k, v, log_decay, beta, removed, written, initial_state)
+    operands = (q, k, v, log_decay, beta, removed, written, initial_state, cu_seqlens)
     kept = (out, residuals, states, factors)
     return launch.backward(out_grad, state_grad, *operands, *kept, scale, with_decay)
 
@@ -199,6 +209,7 @@ def _(
     removed: Tensor | None,
     written: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     out: Tensor | None,
     residuals: Tensor,
     states: Tensor,
@@ -234,7 +245,8 @@ def _backward(ctx: Any, out_grad: Tensor | None, state_grad: Tensor | None, *_: 
         out_grad = torch.zeros_like(saved[2])
     grads = backward_op(out_grad, state_grad, *saved, ctx.scale, ctx.with_decay)
     there = (True, True, True, ctx.with_decay, *(x is not None for x in saved[4:8]))
-    return *(grad if given else None for grad, given in zip(grads, there, strict=True)), None, None, None, None
+    nothing = (None,) * 5
+    return *(grad if given else None for grad, given in zip(grads, there, strict=True)), *nothing
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)

@@ -4,17 +4,14 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.scan import LOG2_E, SHUT, SHUT_64
-from linbench_kernels.additive.tiles import load_row, load_tile, operand
+from linbench_kernels.additive.tiles import load_numbers, load_placed, operand
 
 
 @triton.jit
 def load_rows(
     x,
-    strides,
+    steps,
     factors,
-    batch,
-    head,
-    heads,
     row,
     column,
     length,
@@ -23,19 +20,17 @@ def load_rows(
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Columns of rows of ``x[batch, head]`` in full precision, times ``factors`` ``[B, H, N]`` if those are given."""
-    tile = load_tile(x, strides, batch, head, row, column, length, CHUNK, BLOCK, WIDTH, False).to(ACC)
+    """Columns of rows of the tokens at ``x`` in full precision, times the ``factors`` of these, if those are given."""
+    tile = load_placed(x, steps, row, column, length, CHUNK, BLOCK, WIDTH, False).to(ACC)
     if factors is not None:
-        tile *= load_row(factors, batch, head, heads, row, length, CHUNK, ACC)[:, None]
+        tile *= load_numbers(factors, row, length, CHUNK, ACC)[:, None]
     return tile
 
 
 @triton.jit
 def chunk_sums(
     log_decay,
-    strides,
-    batch,
-    head,
+    steps,
     row,
     column,
     length,
@@ -55,27 +50,27 @@ def chunk_sums(
     """
     at_least = SHUT_64 if ACC == tl.float64 else SHUT
     LOGS: tl.constexpr = tl.float32 if OPERAND == "bf16" else tl.float64
-    steps = load_tile(log_decay, strides, batch, head, row, column, length, CHUNK, BLOCK, WIDTH, False)
-    steps = tl.maximum(steps.to(LOGS) * LOG2_E, at_least)
-    sums = tl.cumsum(steps, 0)
+    logs = load_placed(log_decay, steps, row, column, length, CHUNK, BLOCK, WIDTH, False)
+    logs = tl.maximum(logs.to(LOGS) * LOG2_E, at_least)
+    sums = tl.cumsum(logs, 0)
     read = sums
     if BEFORE:
-        read = sums - steps
-    return sums, read, tl.sum(steps, 0)
+        read = sums - logs
+    return sums, read, tl.sum(logs, 0)
 
 
 @triton.jit
-def pair_places(x, index, chunks, chunk, CHUNK: tl.constexpr):
-    """Pointers to the matrix of a chunk, of a contiguous ``[B·H, chunks, CHUNK, CHUNK]``."""
+def pair_places(x, place, CHUNK: tl.constexpr):
+    """Pointers to the matrix of a chunk, of a contiguous ``[B·H · slots, CHUNK, CHUNK]``."""
     tokens = tl.arange(0, CHUNK)
-    start = x + (index.to(tl.int64) * chunks + chunk) * CHUNK * CHUNK
+    start = x + place.to(tl.int64) * CHUNK * CHUNK
     return start + tokens[:, None] * CHUNK + tokens[None, :]
 
 
 @triton.jit
-def load_pairs(x, index, chunks, chunk, CHUNK: tl.constexpr, OPERAND: tl.constexpr):
+def load_pairs(x, place, CHUNK: tl.constexpr, OPERAND: tl.constexpr):
     """That matrix as an operand."""
-    return operand(tl.load(pair_places(x, index, chunks, chunk, CHUNK)), OPERAND)
+    return operand(tl.load(pair_places(x, place, CHUNK)), OPERAND)
 
 
 @triton.jit

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import load_row, load_tile, operand, store_tile
+from linbench_kernels.additive.tiles import load_numbers, load_placed, operand, placed, store_placed
 from linbench_kernels.channel_decay.within import fading, load_channels, rows_within
 from linbench_kernels.channel_delta.reading import grown, own_pairs, through_state
 from linbench_kernels.channel_delta.rows import border_places, chunk_sums, load_rows
+from linbench_kernels.delta.slots import chunk_span, numbers
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def written_rows(
     return rows
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "segments"])
 def writing_kernel(
     q,
     k,
@@ -59,6 +60,8 @@ def writing_kernel(
     written_grad,
     decay_dots,
     decay_grad,
+    cu_seqlens,
+    sequences,
     q_b,
     q_h,
     q_n,
@@ -113,6 +116,7 @@ def writing_kernel(
     decay_grad_d,
     heads,
     length,
+    segments,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -133,6 +137,7 @@ def writing_kernel(
 
     Args:
         state_grads: of the state after every segment, ``[B, H, segments, D, M]``.
+        sequences: ``[segments]``, as of ``chunk_span``.
         met: as ``reading`` left it, or None.
         removed_grad: as ``reading`` left it: a part of ``k_grad`` where k is what is removed.
         written_grad: None there.
@@ -141,27 +146,51 @@ def writing_kernel(
     BLOCKS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     SEPARATE: tl.constexpr = removed is not None
     part, place = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
-    chunks = tl.cdiv(length, CHUNK)
-    segments = tl.cdiv(chunks, SEGMENT)
-    segment, index = place % segments, place // segments
-    batch, head = index // heads, index % heads
+    batch, head, first, count, start = chunk_span(
+        place, cu_seqlens, sequences, heads, length, segments, CHUNK * SEGMENT
+    )
+    if cu_seqlens is not None:
+        if start >= count:
+            return
     column = part * COLUMNS
+    number, _ = numbers(batch, head, heads, 1, length, first)
+    if q_factors is not None:
+        q_factors += number
+        k_factors += number
+    if beta is not None:
+        beta += number
+    q = placed(q, (q_b, q_h, q_n), batch, head, first)
+    k = placed(k, (k_b, k_h, k_n), batch, head, first)
+    log_decay = placed(log_decay, (log_decay_b, log_decay_h, log_decay_n), batch, head, first)
+    if SEPARATE:
+        removed = placed(removed, (removed_b, removed_h, removed_n), batch, head, first)
+        written = placed(written, (written_b, written_h, written_n), batch, head, first)
+    v = placed(v, (v_b, v_h, v_n), batch, head, first)
+    residuals = placed(residuals, (residuals_b, residuals_h, residuals_n), batch, head, first)
+    residual_grads = placed(residual_grads, (residuals_b, residuals_h, residuals_n), batch, head, first)
+    out_grad = placed(out_grad, (out_grad_b, out_grad_h, out_grad_n), batch, head, first)
+    removed_grad = placed(removed_grad, (removed_grad_b, removed_grad_h, removed_grad_n), batch, head, first)
+    k_grad = placed(k_grad, (k_grad_b, k_grad_h, k_grad_n), batch, head, first)
+    if written_grad is not None:
+        written_grad = placed(written_grad, (written_grad_b, written_grad_h, written_grad_n), batch, head, first)
+    if decay_grad is not None:
+        decay_dots = placed(decay_dots, (decay_dots_b, decay_dots_h, decay_dots_n), batch, head, first)
+        decay_grad = placed(decay_grad, (decay_grad_b, decay_grad_h, decay_grad_n), batch, head, first)
+    length = count
+    chunks = tl.cdiv(length, CHUNK)
     inside = (column + tl.arange(0, COLUMNS) < D)[:, None] & (tl.arange(0, BLOCK_M) < M)[None, :]
     places = border_places(state_grads, place, column, 0, D, M, COLUMNS, BLOCK_M)
     state_grad = tl.load(places, mask=inside, other=0.0).to(ACC)
     if decay_grad is not None:
         from_later = load_channels(met, place, column, D, COLUMNS, ACC)
-    q_strides, k_strides, v_strides = (q_b, q_h, q_n, q_d), (k_b, k_h, k_n, k_d), (v_b, v_h, v_n, v_d)
-    z_strides = (residuals_b, residuals_h, residuals_n, residuals_d)
-    first = (segment * SEGMENT).to(tl.int32)
-    last = tl.minimum(first + SEGMENT, chunks)
-    for turn in tl.range(first, last, num_stages=STAGES):
-        row = (first + last - 1 - turn) * CHUNK
-        out_grads = load_tile(
+    q_steps, k_steps, v_steps = (q_n, q_d), (k_n, k_d), (v_n, v_d)
+    z_steps = (residuals_n, residuals_d)
+    last = tl.minimum(start // CHUNK + SEGMENT, chunks) - 1
+    for turn in tl.range(0, last + 1 - start // CHUNK, num_stages=STAGES):
+        row = (last - turn) * CHUNK
+        out_grads = load_placed(
             out_grad,
-            (out_grad_b, out_grad_h, out_grad_n, out_grad_d),
-            batch,
-            head,
+            (out_grad_n, out_grad_d),
             row,
             0,
             length,
@@ -171,22 +200,18 @@ def writing_kernel(
             False,
         )
         out_grads = operand(out_grads, OPERAND)
-        changes = operand(
-            load_tile(residual_grads, z_strides, batch, head, row, 0, length, CHUNK, BLOCK_M, M, False), OPERAND
-        )
-        found = load_tile(residuals, z_strides, batch, head, row, 0, length, CHUNK, BLOCK_M, M, False).to(ACC)
+        changes = operand(load_placed(residual_grads, z_steps, row, 0, length, CHUNK, BLOCK_M, M, False), OPERAND)
+        found = load_placed(residuals, z_steps, row, 0, length, CHUNK, BLOCK_M, M, False).to(ACC)
         corrections = found
         if beta is not None:
-            corrections = found * load_row(beta, batch, head, heads, row, length, CHUNK, ACC)[:, None]
+            corrections = found * load_numbers(beta, row, length, CHUNK, ACC)[:, None]
         corrections = operand(corrections, OPERAND)
-        queries = load_rows(q, q_strides, q_factors, batch, head, heads, row, column, length, CHUNK, COLUMNS, D, ACC)
+        queries = load_rows(q, q_steps, q_factors, row, column, length, CHUNK, COLUMNS, D, ACC)
         queries *= scale
-        keys = load_rows(k, k_strides, k_factors, batch, head, heads, row, column, length, CHUNK, COLUMNS, D, ACC)
+        keys = load_rows(k, k_steps, k_factors, row, column, length, CHUNK, COLUMNS, D, ACC)
         sums, read, total = chunk_sums(
             log_decay,
-            (log_decay_b, log_decay_h, log_decay_n, log_decay_d),
-            batch,
-            head,
+            (log_decay_n, log_decay_d),
             row,
             column,
             length,
@@ -201,11 +226,8 @@ def writing_kernel(
         if SEPARATE:
             reads = load_rows(
                 removed,
-                (removed_b, removed_h, removed_n, removed_d),
+                (removed_n, removed_d),
                 None,
-                batch,
-                head,
-                heads,
                 row,
                 column,
                 length,
@@ -216,11 +238,8 @@ def writing_kernel(
             )
             writes = load_rows(
                 written,
-                (written_b, written_h, written_n, written_d),
+                (written_n, written_d),
                 None,
-                batch,
-                head,
-                heads,
                 row,
                 column,
                 length,
@@ -234,7 +253,7 @@ def writing_kernel(
         pairs = tl.dot(corrections, tl.trans(out_grads), input_precision=PRECISION, out_dtype=ACC)
         read_pairs = tl.dot(corrections, tl.trans(changes), input_precision=PRECISION, out_dtype=ACC)
         if SEPARATE or k_factors is not None:
-            values = load_tile(v, v_strides, batch, head, row, 0, length, CHUNK, BLOCK_M, M, False)
+            values = load_placed(v, v_steps, row, 0, length, CHUNK, BLOCK_M, M, False)
         if SEPARATE:
             values = operand(values, OPERAND)
             key_rows = through_state(state_grad, values, OPERAND, ACC, PRECISION, SPLIT) * leaving
@@ -262,11 +281,9 @@ def writing_kernel(
             PRECISION,
             SPLIT,
         )
-        of_reads = load_tile(
+        of_reads = load_placed(
             removed_grad,
-            (removed_grad_b, removed_grad_h, removed_grad_n, removed_grad_d),
-            batch,
-            head,
+            (removed_grad_n, removed_grad_d),
             row,
             column,
             length,
@@ -278,11 +295,9 @@ def writing_kernel(
         dots = writes * rows
         gradient = rows + own
         if SEPARATE:
-            store_tile(
+            store_placed(
                 written_grad,
-                (written_grad_b, written_grad_h, written_grad_n, written_grad_d),
-                batch,
-                head,
+                (written_grad_n, written_grad_d),
                 row,
                 column,
                 length,
@@ -313,13 +328,11 @@ def writing_kernel(
         else:
             gradient += of_reads
             if k_factors is not None:
-                factor = load_row(k_factors, batch, head, heads, row, length, CHUNK, ACC)
+                factor = load_numbers(k_factors, row, length, CHUNK, ACC)
                 gradient = (gradient - keys * along[:, None]) * factor[:, None]
-        store_tile(
+        store_placed(
             k_grad,
-            (k_grad_b, k_grad_h, k_grad_n, k_grad_d),
-            batch,
-            head,
+            (k_grad_n, k_grad_d),
             row,
             column,
             length,
@@ -330,11 +343,9 @@ def writing_kernel(
             False,
         )
         if decay_grad is not None:
-            change = load_tile(
+            change = load_placed(
                 decay_dots,
-                (decay_dots_b, decay_dots_h, decay_dots_n, decay_dots_d),
-                batch,
-                head,
+                (decay_dots_n, decay_dots_d),
                 row,
                 column,
                 length,
@@ -348,11 +359,9 @@ def writing_kernel(
             since = from_later[None, :] + over[None, :] - tl.cumsum(change, 0) + change
             if SEPARATE:
                 since -= reads * of_reads
-            store_tile(
+            store_placed(
                 decay_grad,
-                (decay_grad_b, decay_grad_h, decay_grad_n, decay_grad_d),
-                batch,
-                head,
+                (decay_grad_n, decay_grad_d),
                 row,
                 column,
                 length,

@@ -8,6 +8,8 @@ from linbench_kernels.additive.configs import Config, block
 from linbench_kernels.tables import tuned
 
 KERNELS = ("inverse", "forward", "states", "reverse", "gradients")
+SCANS = ("forward", "states", "reverse")
+"""Those of them whose programs are heads and blocks of columns; the others have one for every chunk."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block
+from linbench_kernels.additive.configs import Arithmetic, Config, arithmetic, block, narrowed
 from linbench_kernels.additive.launch import (
     arch_of,
     described,
+    multiprocessors_of,
     of_every_head,
     of_groups,
     products,
@@ -22,11 +24,12 @@ from linbench_kernels.additive.launch import (
     small,
     strides,
 )
-from linbench_kernels.delta.configs import Task, chunk, config
+from linbench_kernels.delta.configs import SCANS, Task, chunk, config
 from linbench_kernels.delta.forward import forward_kernel
 from linbench_kernels.delta.gradients import gradients_kernel
 from linbench_kernels.delta.inverse import inverse_kernel
 from linbench_kernels.delta.reverse import reverse_kernel
+from linbench_kernels.delta.slots import sequence_of_slots, slots_of
 from linbench_kernels.delta.states import states_kernel
 from linbench_kernels.delta.step import step_kernel
 
@@ -55,6 +58,8 @@ class Sizes:
     cu_seqlens: Tensor | None
     sequences: int
     """S."""
+    multiprocessors: int
+    """Of the device."""
 
     @property
     def chunk(self) -> int:
@@ -63,19 +68,13 @@ class Sizes:
 
     @property
     def slots(self) -> int:
-        """Of chunks, see ``slots.py``: ⌈N / C⌉, or with packed sequences some that stay empty."""
-        if self.cu_seqlens is None:
-            return int(triton.cdiv(self.length, self.chunk))
-        return self.length // self.chunk + self.sequences
+        """Of chunks, see ``slots.py``."""
+        return slots_of(self.length, self.chunk, self.cu_seqlens)
 
     @functools.cached_property
     def sequence_of_slot(self) -> Tensor | None:
         """``[slots]``, for packed sequences."""
-        if self.cu_seqlens is None:
-            return None
-        numbers = torch.arange(self.slots, device=self.cu_seqlens.device)
-        firsts = self.cu_seqlens[:-1].long() // self.chunk + numbers[: self.sequences]
-        return torch.searchsorted(firsts, numbers, right=True) - 1
+        return sequence_of_slots(self.length, self.chunk, self.cu_seqlens)
 
     @property
     def programs(self) -> int:
@@ -94,11 +93,15 @@ class Sizes:
         return "tf32" if self.numbers.operand == "bf16" and nvidia else self.numbers.precision
 
     def config(self, kernel: str, *tiles: Tensor) -> Config:
-        """Of a kernel that loads these tiles."""
+        """Of a kernel that loads these tiles, with narrower blocks where there are few heads."""
         aligned = all(described(x) for x in tiles)
         widths = (self.key_dim, self.value_dim)
         task = Task(kernel, self.arch, self.operand_bytes, *widths, self.decay, aligned, self.chunk)
-        return config(task)
+        chosen = config(task)
+        if kernel in SCANS:
+            columns = narrowed(chosen.columns, self.programs, (self.value_dim,), self.multiprocessors)
+            return chosen if columns == chosen.columns else dataclasses.replace(chosen, columns=columns)
+        return chosen
 
     def columns(self, chosen: Config) -> int:
         """Of the values in one program."""
@@ -135,6 +138,7 @@ def sizes(q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | N
         backward,
         small(cu_seqlens),
         sequences_of(v, cu_seqlens),
+        multiprocessors_of(q),
     )
 
 

@@ -5,8 +5,28 @@ at ⌊first token / CHUNK⌋ + s, which leaves each at least as many as it needs
 no number has to come back from the device for it.
 """
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def slots_of(length: int, chunk: int, cu_seqlens: Tensor | None) -> int:
+    """⌈N / chunk⌉, or with packed sequences some that stay empty."""
+    if cu_seqlens is None:
+        return int(triton.cdiv(length, chunk))
+    return length // chunk + cu_seqlens.numel() - 1
+
+
+def sequence_of_slots(length: int, chunk: int, cu_seqlens: Tensor | None) -> Tensor | None:
+    """``[slots]``, for packed sequences."""
+    if cu_seqlens is None:
+        return None
+    numbers = torch.arange(slots_of(length, chunk, cu_seqlens), device=cu_seqlens.device)
+    firsts = cu_seqlens[:-1].long() // chunk + numbers[: cu_seqlens.numel() - 1]
+    return torch.searchsorted(firsts, numbers, right=True) - 1
 
 
 @triton.jit

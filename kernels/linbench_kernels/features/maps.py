@@ -11,12 +11,16 @@
 
 Exponentials are relative to the largest of their token: the features are exp(level) times the tiles, with level = that
 largest exponent − ‖x̅‖²/2. That of a query cancels where rows are divided by the sum of their weights.
+
+Tiles of tokens have a row for every token, tiles of features a column. So W is the operand from the left, whose rows,
+and with them the features, are shared out among the warps; W itself stays in shared memory, where products of Hopper
+read it. Were the rows tokens, short chunks would be made by several warps at once, with all features in registers.
 """
 
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import operand, rest
+from linbench_kernels.additive.tiles import load_placed, operand, places, store_placed
 from linbench_kernels.features.circle import sines
 
 LOWEST = tl.constexpr(-1e30)
@@ -26,26 +30,38 @@ LOWEST = tl.constexpr(-1e30)
 @triton.jit
 def load_map(
     weight,
-    strides,
-    head,
+    first,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Columns ``first`` to ``first + DEPTH`` of Wᵀ, the contiguous ``[P, D]`` at ``weight``, as an operand.
+
+    Nothing may be done to it on the way: products read in shared memory only what was loaded as they take it.
+    """
+    ps, ds = tl.arange(0, BLOCK_P), first + tl.arange(0, DEPTH)
+    inside = (ps < P)[:, None] & (ds < D)[None, :]
+    tile = tl.load(places(weight, (D, 1), 0, first, BLOCK_P, DEPTH), mask=inside, other=0.0)
+    return operand(tile, OPERAND)
+
+
+@triton.jit
+def kept_map(
+    weight,
     D: tl.constexpr,
     P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    DEPTH: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """W of a head, ``[BLOCK_D, BLOCK_P]`` of a ``[H, D, P]``, as an operand, and what that took from it as another.
-
-    Some zeros where there is no W.
-    """
-    if weight is None:
-        tile = tl.zeros([16, 16], dtype=tl.float32)
+    """:func:`load_map` of all of W where it is kept, DEPTH being BLOCK_D; else, or where there is no W, some zeros."""
+    if weight is None or DEPTH != BLOCK_D:
+        return operand(tl.zeros([16, 16], dtype=tl.float32), OPERAND)
     else:
-        ds, ps = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
-        places = weight + head.to(tl.int64) * strides[0] + ds[:, None] * strides[1] + ps[None, :] * strides[2]
-        tile = tl.load(places, mask=(ds < D)[:, None] & (ps < P)[None, :], other=0.0)
-    high = operand(tile, OPERAND)
-    return high, rest(tile, high, OPERAND)
+        return load_map(weight, 0, D, P, DEPTH, BLOCK_P, OPERAND)
 
 
 @triton.jit
@@ -68,9 +84,9 @@ def unit_rows(x):
 
 @triton.jit
 def softmax(y):
-    """Over the columns."""
-    powers = tl.exp(y - tl.max(y, 1)[:, None])
-    return powers / tl.sum(powers, 1)[:, None]
+    """Over the rows."""
+    powers = tl.exp(y - tl.max(y, 0)[None, :])
+    return powers / tl.sum(powers, 0)[None, :]
 
 
 @triton.jit
@@ -88,58 +104,91 @@ def mapped(
     FEATURE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """First, second and level of tokens x with y = x W, all in fp32 or fp64; features are 0 outside of the tensor.
+    """First, second and level of tokens x ``[ROWS, D]`` with y = (x W)ᵀ ``[BLOCK_P, ROWS]``, all in fp32 or fp64.
 
-    Maps without a second or a level have anything there.
+    Features are 0 outside of the tensor. Maps without a second or a level have anything there.
     """
     valid = row + tl.arange(0, ROWS) < length
-    columns = (tl.arange(0, BLOCK_P) < P)[None, :]
+    inside = (tl.arange(0, BLOCK_P) < P)[:, None]
     level = tl.zeros([ROWS], dtype=ACC)
     if FEATURE == "turned":
         sine, cosine = turns(row, start, horizon, ROWS, ACC)
         first = tl.maximum(x, 0.0)
-        first, second = first * cosine[:, None], first * sine[:, None]
+        first, second = tl.trans(first * cosine[:, None]), tl.trans(first * sine[:, None])
     elif FEATURE == "unit":
         first, _ = unit_rows(x)
-        first *= scale
+        first = tl.trans(first * scale)
         second = first
     else:
         if FEATURE == "fourier":
             _, inverse = unit_rows(x)
-            first, second = sines(y * inverse[:, None])
-            first, second = tl.where(columns, first, 0.0), tl.where(columns, second, 0.0)
+            first, second = sines(y * inverse[None, :])
+            first, second = tl.where(inside, first, 0.0), tl.where(inside, second, 0.0)
         elif FEATURE == "softmaxes":
-            first = softmax(tl.where(columns, y, LOWEST))
-            second = softmax(tl.where(columns, -y, LOWEST))
+            first = softmax(tl.where(inside, y, LOWEST))
+            second = softmax(tl.where(inside, -y, LOWEST))
         else:
             y *= scale
             if FEATURE == "hyperbolic":
-                largest = tl.max(tl.abs(y), 1)
-                second = tl.where(columns, tl.exp(-y - largest[:, None]), 0.0)
-                first = tl.where(columns, tl.exp(y - largest[:, None]), 0.0)
+                largest = tl.max(tl.abs(y), 0)
+                second = tl.where(inside, tl.exp(-y - largest[None, :]), 0.0)
+                first = tl.where(inside, tl.exp(y - largest[None, :]), 0.0)
             else:
-                y = tl.where(columns, y, LOWEST)
-                largest = tl.max(y, 1)
-                first = tl.exp(y - largest[:, None])
+                y = tl.where(inside, y, LOWEST)
+                largest = tl.max(y, 0)
+                first = tl.exp(y - largest[None, :])
                 second = first
             level = tl.where(valid, largest - tl.sum(x * x, 1) * (0.5 * scale * scale), LOWEST)
-        first, second = tl.where(valid[:, None], first, 0.0), tl.where(valid[:, None], second, 0.0)
+        first, second = tl.where(valid[None, :], first, 0.0), tl.where(valid[None, :], second, 0.0)
     return first, second, level
+
+
+@triton.jit
+def projected(
+    x,
+    high,
+    low,
+    y,
+    FEATURE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Y + (x W)ᵀ from columns of x and as many rows of W.
+
+    An exponent without a bound needs the bits of W that bf16 or tf32 lose: its error is a factor of the feature.
+    """
+    columns = tl.trans(operand(x, OPERAND))
+    if FEATURE == "positive" or FEATURE == "hyperbolic":
+        PRECISE: tl.constexpr = "tf32x3" if PRECISION == "tf32" else PRECISION
+        y = tl.dot(high, columns, y, input_precision=PRECISE, out_dtype=ACC)
+        if OPERAND == "bf16":
+            y = tl.dot(low, columns, y, input_precision=PRECISE, out_dtype=ACC)
+    else:
+        y = tl.dot(high, columns, y, input_precision=PRECISION, out_dtype=ACC)
+    return y
 
 
 @triton.jit
 def featured(
     x,
+    rows,
+    steps,
     weight,
     lost,
+    high,
+    low,
     row,
     start,
     length,
     horizon,
     scale,
     ROWS: tl.constexpr,
+    D: tl.constexpr,
     P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    DEPTH: tl.constexpr,
     FEATURE: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
@@ -147,18 +196,26 @@ def featured(
 ):
     """:func:`mapped` of a tile as it was loaded, first and second as operands of products.
 
-    An exponent without a bound needs the bits of W that bf16 or tf32 lose: its error is a factor of the feature.
+    Args:
+        x: ``[ROWS, BLOCK_D]``, at ``row`` of the rows ``rows`` with strides ``steps``.
+        weight: Wᵀ, of which ``high`` is all where DEPTH is BLOCK_D, else it is read in parts; ``lost`` and ``low`` the
+            same of what rounding took from it, or None.
     """
     wide = x.to(ACC)
     if FEATURE == "turned" or FEATURE == "unit":
         y = wide
-    elif FEATURE == "positive" or FEATURE == "hyperbolic":
-        PRECISE: tl.constexpr = "tf32x3" if PRECISION == "tf32" else PRECISION
-        y = tl.dot(operand(x, OPERAND), weight, input_precision=PRECISE, out_dtype=ACC)
-        if OPERAND == "bf16":
-            y = tl.dot(operand(x, OPERAND), lost, y, input_precision=PRECISE, out_dtype=ACC)
     else:
-        y = tl.dot(operand(x, OPERAND), weight, input_precision=PRECISION, out_dtype=ACC)
+        y = tl.zeros([BLOCK_P, ROWS], dtype=ACC)
+        if DEPTH == BLOCK_D:
+            y = projected(x, high, low, y, FEATURE, OPERAND, ACC, PRECISION)
+        else:
+            for column in tl.range(0, D, DEPTH, num_stages=1):
+                part_high = load_map(weight, column, D, P, DEPTH, BLOCK_P, OPERAND)
+                part_low = part_high
+                if lost is not None:
+                    part_low = load_map(lost, column, D, P, DEPTH, BLOCK_P, OPERAND)
+                part = load_placed(rows, steps, row, column, length, ROWS, DEPTH, D, False)
+                y = projected(part, part_high, part_low, y, FEATURE, OPERAND, ACC, PRECISION)
     first, second, level = mapped(wide, y, row, start, length, horizon, scale, ROWS, P, BLOCK_P, FEATURE, ACC)
     return operand(first, OPERAND), operand(second, OPERAND), level
 
@@ -166,55 +223,101 @@ def featured(
 @triton.jit
 def pulled_back(
     x,
+    rows,
+    steps,
     weight,
+    high,
     first,
     second,
     first_grad,
     second_grad,
+    x_grad,
+    x_grad_steps,
+    map_grad,
     row,
     start,
+    length,
     horizon,
     scale,
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DEPTH: tl.constexpr,
     FEATURE: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """The gradient of a tile from those of its features, and the g, an operand, of which xᵀ g is the gradient of W.
+    """Writes the gradient of a tile from those of its features; the g, an operand, with which (g x)ᵀ is that of W.
 
     With levels held fixed, which is all that a gradient needs: what comes out depends on level and features through
     their product alone. Because the level of a query cancels, the gradients of its exponents add up to 0.
+
+    Args:
+        x_grad: where it goes, a descriptor where TMA; other arguments are those of :func:`featured`.
+        map_grad: ``[D, P]`` or None: where W is read in parts, its gradient is too much for registers as well, and what
+            the tile adds to it is added there.
     """
-    if FEATURE == "turned":
-        sine, cosine = turns(row, start, horizon, ROWS, ACC)
-        x_grad = tl.where(x > 0, first_grad * cosine[:, None] + second_grad * sine[:, None], 0.0)
-        y_grad = operand(x_grad, OPERAND)
-    elif FEATURE == "unit":
-        unit, inverse = unit_rows(x.to(ACC))
-        x_grad = (first_grad - unit * tl.sum(first_grad * unit, 1)[:, None]) * (inverse * scale)[:, None]
-        y_grad = operand(x_grad, OPERAND)
+    LONG: tl.constexpr = FEATURE == "fourier" or (KEYS and (FEATURE == "positive" or FEATURE == "hyperbolic"))
+    if FEATURE == "turned" or FEATURE == "unit":
+        first_grad, second_grad = tl.trans(first_grad), tl.trans(second_grad)
+        if FEATURE == "turned":
+            sine, cosine = turns(row, start, horizon, ROWS, ACC)
+            result = tl.where(x > 0, first_grad * cosine[:, None] + second_grad * sine[:, None], 0.0)
+        else:
+            unit, inverse = unit_rows(x.to(ACC))
+            result = (first_grad - unit * tl.sum(first_grad * unit, 1)[:, None]) * (inverse * scale)[:, None]
+        y_grad = operand(result, OPERAND)
+        store_placed(x_grad, x_grad_steps, row, 0, length, result, ROWS, BLOCK_D, D, TMA)
     else:
         first, second = first.to(ACC), second.to(ACC)
+        wide, inverse, along = x.to(ACC), tl.full([ROWS], 1.0, dtype=ACC), tl.zeros([ROWS], dtype=ACC)
         if FEATURE == "softmaxes":
-            g = first * (first_grad - tl.sum(first_grad * first, 1)[:, None])
-            g -= second * (second_grad - tl.sum(second_grad * second, 1)[:, None])
+            g = first * (first_grad - tl.sum(first_grad * first, 0)[None, :])
+            g -= second * (second_grad - tl.sum(second_grad * second, 0)[None, :])
         elif FEATURE == "fourier":
-            unit, inverse = unit_rows(x.to(ACC))
-            g = (first_grad * second - second_grad * first) * inverse[:, None]
+            _, inverse = unit_rows(wide)
+            g = (first_grad * second - second_grad * first) * inverse[None, :]
         else:
             g = first_grad * first
-            norm = tl.sum(g, 1)
+            along = tl.sum(g, 0)
             if FEATURE == "hyperbolic":
                 other = second_grad * second
                 g -= other
-                norm += tl.sum(other, 1)
+                along += tl.sum(other, 0)
             g *= scale
+            along *= scale * scale
         y_grad = operand(g, OPERAND)
-        x_grad = tl.dot(y_grad, tl.trans(weight), input_precision=PRECISION, out_dtype=ACC)
-        if FEATURE == "fourier":
-            x_grad -= unit * tl.sum(x_grad * unit, 1)[:, None]
-        if (FEATURE == "positive" or FEATURE == "hyperbolic") and KEYS:
-            x_grad -= x.to(ACC) * (norm * scale * scale)[:, None]
-    return x_grad, y_grad
+        if DEPTH == BLOCK_D:
+            result = tl.trans(tl.dot(tl.trans(high), y_grad, input_precision=PRECISION, out_dtype=ACC))
+            if FEATURE == "fourier":
+                along = tl.sum(result * (wide * inverse[:, None]), 1)
+            if LONG:
+                result -= wide * inverse[:, None] * along[:, None]
+            store_placed(x_grad, x_grad_steps, row, 0, length, result, ROWS, BLOCK_D, D, TMA)
+        else:
+            if FEATURE == "fourier":  # what of the gradient lies along x̂ is known when all of it is
+                for column in tl.range(0, D, DEPTH, num_stages=1):
+                    part_high = load_map(weight, column, D, P, DEPTH, BLOCK_P, OPERAND)
+                    part = load_placed(rows, steps, row, column, length, ROWS, DEPTH, D, False).to(ACC)
+                    product = tl.dot(tl.trans(part_high), y_grad, input_precision=PRECISION, out_dtype=ACC)
+                    along += tl.sum(tl.trans(product) * (part * inverse[:, None]), 1)
+            for column in tl.range(0, D, DEPTH, num_stages=1):
+                part_high = load_map(weight, column, D, P, DEPTH, BLOCK_P, OPERAND)
+                part = load_placed(rows, steps, row, column, length, ROWS, DEPTH, D, False).to(ACC)
+                product = tl.dot(tl.trans(part_high), y_grad, input_precision=PRECISION, out_dtype=ACC)
+                if LONG:
+                    product -= tl.trans(part * inverse[:, None] * along[:, None])
+                store_placed(x_grad, x_grad_steps, row, column, length, tl.trans(product), ROWS, DEPTH, D, False)
+                if map_grad is not None:
+                    inside = (tl.arange(0, BLOCK_P) < P)[:, None] & (column + tl.arange(0, DEPTH) < D)[None, :]
+                    grad_places = places(map_grad, (1, P), 0, column, BLOCK_P, DEPTH)
+                    before = tl.load(grad_places, mask=inside, other=0.0)
+                    columns = operand(part, OPERAND)
+                    product = tl.dot(y_grad, columns, before, input_precision=PRECISION, out_dtype=ACC)
+                    tl.store(grad_places, product, mask=inside)
+    return y_grad

@@ -8,8 +8,16 @@ is stored.
 import triton
 import triton.language as tl
 
-from linbench_kernels.additive.tiles import described, load_row, load_tile, operand, state_places, store_tile
-from linbench_kernels.features.maps import LOWEST, featured, load_map, pulled_back
+from linbench_kernels.additive.spans import span
+from linbench_kernels.additive.tiles import (
+    described_placed,
+    load_numbers,
+    load_placed,
+    operand,
+    placed,
+    places,
+)
+from linbench_kernels.features.maps import LOWEST, featured, kept_map, pulled_back
 
 
 @triton.jit(do_not_specialize=["length", "start", "horizon"])
@@ -20,13 +28,16 @@ def queries_kernel(
     out_grad,
     q_grad,
     query_map,
+    query_lost,
     key_map,
+    key_lost,
     map_grad,
     reciprocals,
     delta,
     levels,
     before,
     before_level,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -48,17 +59,12 @@ def queries_kernel(
     q_grad_n,
     q_grad_d,
     q_grad_part,
-    query_map_h,
-    query_map_d,
-    query_map_p,
-    key_map_h,
-    key_map_d,
-    key_map_p,
     before_b,
     before_h,
     before_f,
     before_m,
     heads,
+    group,
     length,
     start,
     horizon,
@@ -68,6 +74,8 @@ def queries_kernel(
     M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SHARED: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -77,167 +85,211 @@ def queries_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Grid (B·H · blocks of value columns,); every block has its part of dq, and their sum is dq.
+    """Grid (S·H · blocks of value columns,); every block has its part of dq, and their sum is dq.
 
     Args:
         q_grad: ``[blocks, B, H, N, D]``, of the strides given; blocks are ``q_grad_part`` apart.
-        map_grad: ``[blocks, B·H, D, P]`` or None: the gradient of W by sequence and block.
+        query_map: Wᵀ ``[G, P, D]``, contiguous, or None; ``query_lost``: what rounding took from it, or None.
+            ``key_map`` and ``key_lost`` are the same tensors where SHARED.
+        map_grad: ``[blocks, S·H, D, P]`` or None: the gradient of W by sequence and block.
         reciprocals: ``[B, H, N]``, as ``delta`` = −⟨do, o⟩ and ``levels``.
         before: the state that came in, or None.
+        group: heads of v that have one of q and k, and one W.
     """
     BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     TWO: tl.constexpr = FEATURE != "positive" and FEATURE != "unit"
     LEVELS: tl.constexpr = FEATURE == "positive" or FEATURE == "hyperbolic"
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    batch, head, column = index // heads, index % heads, part * COLUMNS
-    q_strides, k_strides, v_strides = (q_b, q_h, q_n, q_d), (k_b, k_h, k_n, k_d), (v_b, v_h, v_n, v_d)
-    out_grad_strides = (out_grad_b, out_grad_h, out_grad_n, out_grad_d)
-    q_grad_strides = (q_grad_b, q_grad_h, q_grad_n, q_grad_d)
+    _segment, sequence, batch, head, first, tokens = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
+    column, number = part * COLUMNS, (batch.to(tl.int64) * heads + head) * length + first
+    q_steps, k_steps, v_steps, out_grad_steps = (q_n, q_d), (k_n, k_d), (v_n, v_d), (out_grad_n, out_grad_d)
+    q_rows = placed(q, (q_b, q_h, q_n), batch, head // group, first)
+    k_rows = placed(k, (k_b, k_h, k_n), batch, head // group, first)
+    v_tiles = placed(v, (v_b, v_h, v_n), batch, head, first)
+    out_grad_tiles = placed(out_grad, (out_grad_b, out_grad_h, out_grad_n), batch, head, first)
+    q_tiles, k_tiles = q_rows, k_rows
+    q_grad_steps = (q_grad_n, q_grad_d)
     q_grad += part.to(tl.int64) * q_grad_part
+    q_grad_tiles = placed(q_grad, (q_grad_b, q_grad_h, q_grad_n), batch, head, first)
     if TMA:
-        q = described(q, q_strides, batch, head, length, CHUNK, BLOCK_D, D)
-        k = described(k, k_strides, batch, head, length, CHUNK, BLOCK_D, D)
-        v = described(v, v_strides, batch, head, length, CHUNK, COLUMNS, M)
-        out_grad = described(out_grad, out_grad_strides, batch, head, length, CHUNK, COLUMNS, M)
-        q_grad = described(q_grad, q_grad_strides, batch, head, length, CHUNK, BLOCK_D, D)
-    query_weight, query_lost = load_map(
-        query_map, (query_map_h, query_map_d, query_map_p), head, D, P, BLOCK_D, BLOCK_P, OPERAND
-    )
-    key_weight, key_lost = query_weight, query_lost
-    if key_map is not None:
-        map_strides = (key_map_h, key_map_d, key_map_p)
-        key_weight, key_lost = load_map(key_map, map_strides, head, D, P, BLOCK_D, BLOCK_P, OPERAND)
-    state = tl.zeros([COLUMNS, BLOCK_P], dtype=ACC)
+        q_tiles = described_placed(q_tiles, q_steps, tokens, CHUNK, BLOCK_D, D)
+        k_tiles = described_placed(k_tiles, k_steps, tokens, CHUNK, BLOCK_D, D)
+        v_tiles = described_placed(v_tiles, v_steps, tokens, CHUNK, COLUMNS, M)
+        out_grad_tiles = described_placed(out_grad_tiles, out_grad_steps, tokens, CHUNK, COLUMNS, M)
+        q_grad_tiles = described_placed(q_grad_tiles, q_grad_steps, tokens, CHUNK, BLOCK_D, D)
+    reciprocals += number
+    delta += number
+    if LEVELS:
+        levels += number
+    if query_map is not None:
+        here = (head // group).to(tl.int64) * D * P
+        query_map += here
+        key_map += here
+        if query_lost is not None:
+            query_lost += here
+            key_lost += here
+    query_high = kept_map(query_map, D, P, BLOCK_D, BLOCK_P, DEPTH, OPERAND)
+    query_low = kept_map(query_lost, D, P, BLOCK_D, BLOCK_P, DEPTH, OPERAND)
+    key_high, key_low = query_high, query_low
+    if not SHARED:
+        key_high = kept_map(key_map, D, P, BLOCK_D, BLOCK_P, DEPTH, OPERAND)
+        key_low = kept_map(key_lost, D, P, BLOCK_D, BLOCK_P, DEPTH, OPERAND)
+    state = tl.zeros([BLOCK_P, COLUMNS], dtype=ACC)
     sums = tl.zeros([BLOCK_P], dtype=ACC)
     state_two, sums_two = state, sums
     last = tl.sum(tl.zeros([16], dtype=ACC), 0) + LOWEST
     ps, columns = tl.arange(0, BLOCK_P), column + tl.arange(0, COLUMNS)
     if before is not None:
-        inside = (columns < M)[:, None] & (ps < P)[None, :]
-        strides = (before_b, before_h, before_m, before_f)
-        places = state_places(before, strides, batch, head, column, 0, COLUMNS, BLOCK_P)
-        sums_places = before + batch.to(tl.int64) * before_b + head.to(tl.int64) * before_h + M * before_m
-        state = tl.load(places, mask=inside, other=0.0).to(ACC)
+        inside = (ps < P)[:, None] & (columns < M)[None, :]
+        before += sequence.to(tl.int64) * before_b + head.to(tl.int64) * before_h
+        state_places = places(before, (before_f, before_m), 0, column, BLOCK_P, COLUMNS)
+        sums_places = before + M * before_m
+        state = tl.load(state_places, mask=inside, other=0.0).to(ACC)
         sums = tl.load(sums_places + ps * before_f, mask=ps < P, other=0.0).to(ACC)
         if TWO:
-            state_two = tl.load(places + P * before_f, mask=inside, other=0.0).to(ACC)
+            state_two = tl.load(state_places + P * before_f, mask=inside, other=0.0).to(ACC)
             sums_two = tl.load(sums_places + (P + ps) * before_f, mask=ps < P, other=0.0).to(ACC)
         if LEVELS:
             last = tl.maximum(tl.load(before_level + index).to(ACC), LOWEST)
     if map_grad is not None:
-        weight_grad = tl.zeros([BLOCK_D, BLOCK_P], dtype=ACC)
+        map_grad += (part * (tl.num_programs(0) // BLOCKS).to(tl.int64) + index) * D * P
+        if DEPTH == BLOCK_D:
+            weight_grad = tl.zeros([BLOCK_P, BLOCK_D], dtype=ACC)
     first_block = (part == 0).to(ACC)  # whose column the normaliser is
-    tokens = tl.arange(0, CHUNK)
-    visible = tokens[:, None] >= tokens[None, :]
-    chunks = tl.cdiv(length, CHUNK)
+    inner = tl.arange(0, CHUNK)
+    visible = inner[:, None] <= inner[None, :]
+    chunks = tl.cdiv(tokens, CHUNK)
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         row = chunk * CHUNK
-        q_tile = load_tile(q, q_strides, batch, head, row, 0, length, CHUNK, BLOCK_D, D, TMA)
-        k_tile = load_tile(k, k_strides, batch, head, row, 0, length, CHUNK, BLOCK_D, D, TMA)
-        v_tile = operand(load_tile(v, v_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, TMA), OPERAND)
-        grad = load_tile(out_grad, out_grad_strides, batch, head, row, column, length, CHUNK, COLUMNS, M, TMA)
+        grad = load_placed(out_grad_tiles, out_grad_steps, row, column, tokens, CHUNK, COLUMNS, M, TMA)
         grad = operand(grad, OPERAND)
-        reciprocal = load_row(reciprocals, batch, head, heads, row, length, CHUNK, ACC)
-        normaliser = load_row(delta, batch, head, heads, row, length, CHUNK, ACC) * first_block
+        reciprocal = load_numbers(reciprocals, row, tokens, CHUNK, ACC)
+        normaliser = load_numbers(delta, row, tokens, CHUNK, ACC) * first_block
+        k_tile = load_placed(k_tiles, k_steps, row, 0, tokens, CHUNK, BLOCK_D, D, TMA)
         keys, keys_two, level = featured(
             k_tile,
-            key_weight,
+            k_rows,
+            k_steps,
+            key_map,
             key_lost,
+            key_high,
+            key_low,
             row,
             start,
-            length,
+            tokens,
             horizon,
             scale,
             CHUNK,
+            D,
             P,
+            BLOCK_D,
             BLOCK_P,
+            DEPTH,
             FEATURE,
             OPERAND,
             ACC,
             PRECISION,
         )
-        acc = tl.dot(grad, operand(state, OPERAND), input_precision=PRECISION, out_dtype=ACC)
-        acc += normaliser[:, None] * sums[None, :]
+        acc = tl.dot(operand(state, OPERAND), tl.trans(grad), input_precision=PRECISION, out_dtype=ACC)
+        acc += sums[:, None] * normaliser[None, :]
         acc_two = acc
         if TWO:
-            acc_two = tl.dot(grad, operand(state_two, OPERAND), input_precision=PRECISION, out_dtype=ACC)
-            acc_two += normaliser[:, None] * sums_two[None, :]
-        scores = tl.dot(grad, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC) + normaliser[:, None]
+            acc_two = tl.dot(operand(state_two, OPERAND), tl.trans(grad), input_precision=PRECISION, out_dtype=ACC)
+            acc_two += sums_two[:, None] * normaliser[None, :]
+        v_tile = operand(load_placed(v_tiles, v_steps, row, column, tokens, CHUNK, COLUMNS, M, TMA), OPERAND)
+        scores = tl.dot(v_tile, tl.trans(grad), input_precision=PRECISION, out_dtype=ACC) + normaliser[None, :]
         if LEVELS:
-            highest = load_row(levels, batch, head, heads, row, length, CHUNK, ACC)
-            highest = tl.where(row + tokens < length, highest, -LOWEST)
+            highest = load_numbers(levels, row, tokens, CHUNK, ACC)
+            highest = tl.where(row + inner < tokens, highest, -LOWEST)
             fading = tl.exp(last - highest)
-            acc *= fading[:, None]
+            acc *= fading[None, :]
             if TWO:
-                acc_two *= fading[:, None]
-            scores *= tl.exp(tl.where(visible, level[None, :] - highest[:, None], 0.0))
+                acc_two *= fading[None, :]
+            scores *= tl.exp(tl.where(visible, level[:, None] - highest[None, :], 0.0))
         weights = operand(tl.where(visible, scores, 0.0), OPERAND)
-        acc = tl.dot(weights, keys, acc, input_precision=PRECISION, out_dtype=ACC) * reciprocal[:, None]
+        acc = tl.dot(keys, weights, acc, input_precision=PRECISION, out_dtype=ACC) * reciprocal[None, :]
         if TWO:
-            acc_two = tl.dot(weights, keys_two, acc_two, input_precision=PRECISION, out_dtype=ACC)
-            acc_two *= reciprocal[:, None]
-        queries, queries_two, _ = featured(
-            q_tile,
-            query_weight,
-            query_lost,
-            row,
-            start,
-            length,
-            horizon,
-            scale,
-            CHUNK,
-            P,
-            BLOCK_P,
-            FEATURE,
-            OPERAND,
-            ACC,
-            PRECISION,
-        )
-        result, y_grad = pulled_back(
-            q_tile,
-            query_weight,
-            queries,
-            queries_two,
-            acc,
-            acc_two,
-            row,
-            start,
-            horizon,
-            scale,
-            False,
-            CHUNK,
-            FEATURE,
-            OPERAND,
-            ACC,
-            PRECISION,
-        )
-        store_tile(q_grad, q_grad_strides, batch, head, row, 0, length, result, CHUNK, BLOCK_D, D, TMA)
-        if map_grad is not None:
-            x_rows = tl.trans(operand(q_tile, OPERAND))
-            weight_grad = tl.dot(x_rows, y_grad, weight_grad, input_precision=PRECISION, out_dtype=ACC)
-
+            acc_two = tl.dot(keys_two, weights, acc_two, input_precision=PRECISION, out_dtype=ACC)
+            acc_two *= reciprocal[None, :]
         written = v_tile
         kept_keys, kept_keys_two = keys.to(ACC), keys_two.to(ACC)
         if LEVELS:
             end = tl.maximum(tl.max(level, 0), last)
             lasting, kept = tl.exp(level - end), tl.exp(last - end)
             written = operand(v_tile.to(ACC) * lasting[:, None], OPERAND)
-            kept_keys *= lasting[:, None]
+            kept_keys *= lasting[None, :]
             state *= kept
             sums *= kept
             if TWO:
-                kept_keys_two *= lasting[:, None]
+                kept_keys_two *= lasting[None, :]
                 state_two *= kept
                 sums_two *= kept
             last = end
-        sums += tl.sum(kept_keys, 0)
-        state = tl.dot(tl.trans(written), keys, state, input_precision=PRECISION, out_dtype=ACC)
+        sums += tl.sum(kept_keys, 1)
+        state = tl.dot(keys, written, state, input_precision=PRECISION, out_dtype=ACC)
         if TWO:
-            sums_two += tl.sum(kept_keys_two, 0)
-            state_two = tl.dot(tl.trans(written), keys_two, state_two, input_precision=PRECISION, out_dtype=ACC)
+            sums_two += tl.sum(kept_keys_two, 1)
+            state_two = tl.dot(keys_two, written, state_two, input_precision=PRECISION, out_dtype=ACC)
+        q_tile = load_placed(q_tiles, q_steps, row, 0, tokens, CHUNK, BLOCK_D, D, TMA)
+        queries, queries_two, _ = featured(
+            q_tile,
+            q_rows,
+            q_steps,
+            query_map,
+            query_lost,
+            query_high,
+            query_low,
+            row,
+            start,
+            tokens,
+            horizon,
+            scale,
+            CHUNK,
+            D,
+            P,
+            BLOCK_D,
+            BLOCK_P,
+            DEPTH,
+            FEATURE,
+            OPERAND,
+            ACC,
+            PRECISION,
+        )
+        y_grad = pulled_back(
+            q_tile,
+            q_rows,
+            q_steps,
+            query_map,
+            query_high,
+            queries,
+            queries_two,
+            acc,
+            acc_two,
+            q_grad_tiles,
+            q_grad_steps,
+            map_grad,
+            row,
+            start,
+            tokens,
+            horizon,
+            scale,
+            False,
+            CHUNK,
+            D,
+            P,
+            BLOCK_D,
+            BLOCK_P,
+            DEPTH,
+            FEATURE,
+            OPERAND,
+            ACC,
+            PRECISION,
+            TMA,
+        )
+        if map_grad is not None and DEPTH == BLOCK_D:
+            x_rows = operand(q_tile, OPERAND)
+            weight_grad = tl.dot(y_grad, x_rows, weight_grad, input_precision=PRECISION, out_dtype=ACC)
 
-    if map_grad is not None:
-        ds = tl.arange(0, BLOCK_D)
-        sequences = (tl.num_programs(0) // BLOCKS).to(tl.int64)
-        places = map_grad + (part * sequences + index) * D * P + ds[:, None] * P + ps[None, :]
-        tl.store(places, weight_grad, mask=(ds < D)[:, None] & (ps < P)[None, :])
+    if map_grad is not None and DEPTH == BLOCK_D:
+        inside = (ps < P)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+        tl.store(places(map_grad, (1, P), 0, 0, BLOCK_P, BLOCK_D), weight_grad, mask=inside)

@@ -24,7 +24,7 @@ def projected(
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """X W of one token, ``[1, BLOCK_P]``, some rows of W at a time."""
+    """(x W)ᵀ of one token, ``[BLOCK_P, 1]``, some rows of W at a time."""
     ps = tl.arange(0, BLOCK_P)
     y = tl.zeros([BLOCK_P], dtype=ACC)
     start = weight + head.to(tl.int64) * map_strides[0]
@@ -34,7 +34,7 @@ def projected(
         places = start + ds[:, None] * map_strides[1] + ps[None, :] * map_strides[2]
         rows = tl.load(places, mask=(ds < D)[:, None] & (ps < P)[None, :], other=0.0).to(ACC)
         y += tl.sum(entries[:, None] * rows, 0)
-    return y[None, :]
+    return y[:, None]
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def features_of(
     if weight is not None:
         y = projected(x, strides, weight, map_strides, batch, head, D, P, BLOCK_P, ACC)
     first, second, level = mapped(wide, y, 0, position, 1, horizon, scale, 1, P, BLOCK_P, FEATURE, ACC)
-    return tl.sum(first, 0), tl.sum(second, 0), tl.sum(level, 0)
+    return tl.sum(first, 1), tl.sum(second, 1), tl.sum(level, 0)
 
 
 @triton.jit(do_not_specialize=["position", "horizon"])
@@ -94,6 +94,7 @@ def step_kernel(
     key_map_d,
     key_map_p,
     heads,
+    group,
     position,
     horizon,
     scale: tl.constexpr,
@@ -122,7 +123,7 @@ def step_kernel(
         query_map,
         (query_map_h, query_map_d, query_map_p),
         batch,
-        head,
+        head // group,
         position,
         horizon,
         scale,
@@ -136,10 +137,10 @@ def step_kernel(
     key, key_two, entering = features_of(
         k,
         (k_b, k_h, k_d),
-        query_map if key_map is None else key_map,
+        key_map,
         (key_map_h, key_map_d, key_map_p),
         batch,
-        head,
+        head // group,
         position,
         horizon,
         scale,

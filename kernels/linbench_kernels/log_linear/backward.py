@@ -7,7 +7,9 @@ backward.
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.spans import numbers_of, span
 from linbench_kernels.log_linear.future import future
+from linbench_kernels.log_linear.levels import clock_of
 from linbench_kernels.log_linear.past import past
 
 
@@ -27,6 +29,7 @@ def backward_kernel(
     q_dots,
     k_dots,
     level_dots,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -64,6 +67,7 @@ def backward_kernel(
     level_n,
     level_l,
     heads,
+    sequences,
     length,
     bits,
     D: tl.constexpr,
@@ -81,7 +85,7 @@ def backward_kernel(
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Grid (B·H · (2 · blocks of key columns + blocks of value columns),).
+    """Grid (sequences · H · (2 · blocks of key columns + blocks of value columns),).
 
     Args:
         slots: ``[programs, bits, SLOT]``.
@@ -91,8 +95,18 @@ def backward_kernel(
     KEY_BLOCKS: tl.constexpr = (D + COLUMNS_D - 1) // COLUMNS_D
     PARTS: tl.constexpr = 2 * KEY_BLOCKS + (M + COLUMNS_M - 1) // COLUMNS_M
     part, index = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
-    batch, head = index // heads, index % heads
-    tokens = (tl.num_programs(0) // PARTS).to(tl.int64) * length
+    _segment, sequence, batch, head, first, count = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
+    batches = 1 if cu_seqlens is not None else sequences
+    tokens = (heads * length).to(tl.int64) * batches
+    clock = clock_of(clock, sequence, batch, head, heads, first, sequences, length, cu_seqlens, CHUNK)
+    log_decay = numbers_of(log_decay, batch, head, heads, length, first, count)
+    q_dots = numbers_of(q_dots, batch, head, heads, length, first, count)
+    k_dots = numbers_of(k_dots, batch, head, heads, length, first, count)
+    level_dots += first * level_n
+    weights += first * weights_n
+    q, k, v, out_grad = q + first * q_n, k + first * k_n, v + first * v_n, out_grad + first * out_grad_n
+    q_grad, k_grad, v_grad = q_grad + first * q_grad_n, k_grad + first * k_grad_n, v_grad + first * v_grad_n
+    length = count
     slots += tl.program_id(0).to(tl.int64) * bits * SLOT
     q_strides, k_strides, v_strides = (q_b, q_h, q_n, q_d), (k_b, k_h, k_n, k_d), (v_b, v_h, v_n, v_d)
     out_grad_strides = (out_grad_b, out_grad_h, out_grad_n, out_grad_d)

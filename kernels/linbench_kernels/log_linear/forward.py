@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.spans import numbers_of, span
+from linbench_kernels.log_linear.levels import clock_of
 from linbench_kernels.log_linear.past import past
 
 
@@ -16,6 +18,7 @@ def forward_kernel(
     weights,
     clock,
     slots,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -37,6 +40,7 @@ def forward_kernel(
     weights_n,
     weights_l,
     heads,
+    sequences,
     length,
     bits,
     D: tl.constexpr,
@@ -50,7 +54,7 @@ def forward_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (B·H · blocks of value columns,). Tensors are those of :func:`linbench_kernels.log_linear.attention`.
+    """Grid (sequences · H · blocks of columns,). Tensors are those of :func:`linbench_kernels.log_linear.attention`.
 
     Args:
         clock: of ``clock_kernel``; ``bits`` in the number of the last chunk.
@@ -58,20 +62,22 @@ def forward_kernel(
     """
     BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    batch, head = index // heads, index % heads
+    _segment, sequence, batch, head, first, count = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
+    clock = clock_of(clock, sequence, batch, head, heads, first, sequences, length, cu_seqlens, CHUNK)
+    log_decay = numbers_of(log_decay, batch, head, heads, length, first, count)
     past(
-        q,
+        q + first * q_n,
         (q_b, q_h, q_n, q_d),
-        k,
+        k + first * k_n,
         (k_b, k_h, k_n, k_d),
-        v,
+        v + first * v_n,
         (v_b, v_h, v_n, v_d),
-        out,
+        out + first * out_n,
         (out_b, out_h, out_n, out_d),
         None,
         (0, 0, 0, 0),
         log_decay,
-        weights,
+        weights + first * weights_n,
         (weights_b, weights_h, weights_n, weights_l),
         clock,
         slots + tl.program_id(0).to(tl.int64) * bits * BLOCK_D * COLUMNS,
@@ -83,7 +89,7 @@ def forward_kernel(
         heads,
         part * COLUMNS,
         bits,
-        length,
+        count,
         D,
         M,
         BLOCK_D,

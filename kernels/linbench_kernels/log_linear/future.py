@@ -56,7 +56,6 @@ def future(
     same, visible = tokens[:, None] == tokens[None, :], tokens[:, None] <= tokens[None, :]
     slot_places = tl.arange(0, BLOCK_K)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     chunks = tl.cdiv(length, CHUNK)
-    clock += (batch * heads + head).to(tl.int64) * (chunks + 1)
     for back in range(0, chunks):
         index = chunks - 1 - back
         row = index * CHUNK

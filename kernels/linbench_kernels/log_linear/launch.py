@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import Arithmetic, arithmetic, block, precise_arithmetic
-from linbench_kernels.additive.launch import arch_of, products
+from linbench_kernels.additive.launch import arch_of, products, sequences_of, small
 from linbench_kernels.log_linear.backward import backward_kernel
 from linbench_kernels.log_linear.configs import Config, config
 from linbench_kernels.log_linear.forward import forward_kernel
@@ -21,13 +21,23 @@ def chosen(pass_: str, numbers: Arithmetic, q: Tensor, v: Tensor) -> Config:
     return config(pass_, arch_of(q), operand_bytes, q.shape[-1], v.shape[-1])
 
 
-def clock(log_decay: Tensor, chunk: int, numbers: Arithmetic) -> Tensor:
-    """The sums of log2 decays before every chunk, ``[B · H, chunks + 1]``."""
+def clock(log_decay: Tensor, cu_seqlens: Tensor | None, chunk: int, numbers: Arithmetic) -> Tensor:
+    """The sums of log2 decays before every chunk of every sequence, and over all of it; see ``clock_of``."""
     batch, heads, length = log_decay.shape
-    chunks = triton.cdiv(length, chunk)
-    result = log_decay.new_empty(batch * heads, chunks + 1, dtype=torch.float64)
-    clock_kernel[(batch * heads,)](
-        log_decay, result, length, chunks, CHUNK=chunk, BLOCK=32, ACC=numbers.accumulator, num_warps=4
+    sequences = sequences_of(log_decay, cu_seqlens)
+    count = batch * (triton.cdiv(length, chunk) + 1) if cu_seqlens is None else length // chunk + 2 * sequences
+    result = log_decay.new_empty(heads * count, dtype=torch.float64)
+    clock_kernel[(sequences * heads,)](
+        log_decay,
+        result,
+        cu_seqlens,
+        heads,
+        sequences,
+        length,
+        CHUNK=chunk,
+        BLOCK=32,
+        ACC=numbers.accumulator,
+        num_warps=4,
     )
     return result
 
@@ -37,16 +47,19 @@ def bits_of(length: int, chunk: int) -> int:
     return int((triton.cdiv(length, chunk) - 1).bit_length())
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, weights: Tensor) -> Tensor:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, weights: Tensor, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """The output."""
-    batch, heads, length, key_dim = q.shape
+    _, heads, length, key_dim = q.shape
     value_dim = v.shape[-1]
+    sequences, cu_seqlens = sequences_of(q, cu_seqlens), small(cu_seqlens)
     numbers = arithmetic(q.dtype, arch_of(q))
     log_decay = log_decay.contiguous()
     out = torch.empty_like(v)
     form = chosen("forward", numbers, q, v)
     columns = min(form.columns, block(value_dim))
-    programs, bits = batch * heads * triton.cdiv(value_dim, columns), bits_of(length, form.chunk)
+    programs, bits = sequences * heads * triton.cdiv(value_dim, columns), bits_of(length, form.chunk)
     if programs:
         forward_kernel[(programs,)](
             q,
@@ -55,14 +68,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, weights: Tensor)
             out,
             log_decay,
             weights,
-            clock(log_decay, form.chunk, numbers),
+            clock(log_decay, cu_seqlens, form.chunk, numbers),
             q.new_empty(programs, max(bits, 1), block(key_dim), columns, dtype=numbers.state),
+            cu_seqlens,
             *q.stride(),
             *k.stride(),
             *v.stride(),
             *out.stride(),
             *weights.stride(),
             heads,
+            sequences,
             length,
             bits,
             D=key_dim,
@@ -79,11 +94,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, weights: Tensor)
 
 
 def backward(
-    out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, weights: Tensor, decay_grad: bool
+    out_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    weights: Tensor,
+    decay_grad: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, the log decay (empty unless ``decay_grad``) and λ."""
     batch, heads, length, key_dim = q.shape
     value_dim, levels = v.shape[-1], weights.shape[-1]
+    sequences, cu_seqlens = sequences_of(q, cu_seqlens), small(cu_seqlens)
     arch = arch_of(q)
     numbers = precise_arithmetic(q.dtype, arch) if decay_grad else arithmetic(q.dtype, arch)
     decay = log_decay.contiguous()
@@ -91,7 +114,7 @@ def backward(
     form = chosen("backward", numbers, q, v)
     columns_d, columns_m = (min(form.columns, block(width)) for width in (key_dim, value_dim))
     key_blocks, value_blocks = triton.cdiv(key_dim, columns_d), triton.cdiv(value_dim, columns_m)
-    programs, bits = batch * heads * (2 * key_blocks + value_blocks), bits_of(length, form.chunk)
+    programs, bits = sequences * heads * (2 * key_blocks + value_blocks), bits_of(length, form.chunk)
     slot = max(block(key_dim) * columns_m, block(value_dim) * columns_d)
     q_dots, k_dots = (q.new_empty(key_blocks, batch, heads, length, dtype=numbers.state) for _ in range(2))
     level_dots = q.new_zeros(key_blocks, batch, heads, length, levels, dtype=numbers.state)
@@ -106,11 +129,12 @@ def backward(
             v_grad,
             decay,
             weights,
-            clock(decay, form.chunk, numbers),
+            clock(decay, cu_seqlens, form.chunk, numbers),
             q.new_empty(programs, max(bits, 1), slot, dtype=numbers.state),
             q_dots,
             k_dots,
             level_dots,
+            cu_seqlens,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -121,6 +145,7 @@ def backward(
             *weights.stride(),
             *level_dots.stride()[1:],
             heads,
+            sequences,
             length,
             bits,
             D=key_dim,
@@ -143,6 +168,12 @@ def backward(
     # what later tokens see, less what they have said: exact in exact arithmetic
     change = q_dots.double().sum(0) - k_dots.double().sum(0)
     decay_gradient = change.flip(-1).cumsum(-1).flip(-1)
+    if cu_seqlens is not None:  # less what the sequences after that of a token have
+        later = torch.nn.functional.pad(decay_gradient, (0, 1))[..., cu_seqlens.long()]
+        number = torch.searchsorted(
+            cu_seqlens, torch.arange(length, device=q.device, dtype=cu_seqlens.dtype), right=True
+        )
+        decay_gradient = decay_gradient - later[..., number]
     return q_grad, k_grad, v_grad, decay_gradient.to(log_decay.dtype), level_grad
 
 

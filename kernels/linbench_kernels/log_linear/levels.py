@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.scan import LOG2_E
+from linbench_kernels.additive.spans import span
 from linbench_kernels.additive.tiles import load_row, operand, rest, stored
 
 SHUT = tl.constexpr(-160.0)
@@ -16,18 +17,32 @@ SHUT_64 = tl.constexpr(-1200.0)
 """The same in fp64."""
 
 
-@triton.jit(do_not_specialize=["length", "chunks"])
-def clock_kernel(log_decay, clock, length, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Σ log2 decays of all tokens before every chunk, and of all tokens: ``[B·H, chunks + 1]`` in fp64. Grid (B·H,)."""
-    head = tl.program_id(0).to(tl.int64)
+@triton.jit
+def clock_of(clock, sequence, batch, head, heads, first, sequences, length, cu_seqlens, CHUNK: tl.constexpr):
+    """Where the numbers of a sequence and head begin: of every chunk, and one more."""
+    if cu_seqlens is None:
+        return clock + (batch * heads + head).to(tl.int64) * (tl.cdiv(length, CHUNK) + 1)
+    else:
+        return clock + head.to(tl.int64) * (length // CHUNK + 2 * sequences) + first // CHUNK + 2 * sequence
+
+
+@triton.jit(do_not_specialize=["length"])
+def clock_kernel(
+    log_decay, clock, cu_seqlens, heads, sequences, length, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    """Σ log2 decays of all tokens before every chunk, and of all tokens, in fp64. Grid (sequences · H,)."""
+    _segment, sequence, batch, head, first, count = span(tl.program_id(0), cu_seqlens, heads, length, 1, CHUNK, False)
+    clock = clock_of(clock, sequence, batch, head, heads, first, sequences, length, cu_seqlens, CHUNK)
+    log_decay += (batch.to(tl.int64) * heads + head) * length + first
+    length = count
+    chunks = tl.cdiv(length, CHUNK)
     at_least = SHUT_64 if ACC == tl.float64 else SHUT
     passed = tl.zeros([1], dtype=tl.float64)
-    clock += head * (chunks + 1)
     tl.store(clock + tl.arange(0, 1), passed)
-    for first in range(0, chunks, BLOCK):
-        index = first + tl.arange(0, BLOCK)
+    for block in range(0, chunks, BLOCK):
+        index = block + tl.arange(0, BLOCK)
         places = index[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        steps = tl.load(log_decay + head * length + places, mask=places < length, other=0.0).to(tl.float64) * LOG2_E
+        steps = tl.load(log_decay + places, mask=places < length, other=0.0).to(tl.float64) * LOG2_E
         totals = tl.sum(tl.maximum(steps, at_least), 1)
         tl.store(clock + 1 + index, passed + tl.cumsum(totals, 0), mask=index < chunks)
         passed += tl.sum(totals, 0)

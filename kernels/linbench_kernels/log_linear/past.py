@@ -66,6 +66,7 @@ def past(
     Args:
         own: the tensor whose gradient ``out`` is, or None.
         weights: λ, ``[B, H, N, LEVELS]``.
+        clock: of this sequence and head.
         slots: ``[bits, BLOCK_K, COLUMNS]`` of this program.
         dots_out: ``[B, H, N]``: with own, Σ over these columns of own · out, without what a token has of itself.
         level_dots: ``[B, H, N, LEVELS]``, zeros: with own, the same for every level, before λ, with level 0.
@@ -75,7 +76,6 @@ def past(
     same, visible = tokens[:, None] == tokens[None, :], tokens[:, None] >= tokens[None, :]
     slot_places = tl.arange(0, BLOCK_K)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     chunks = tl.cdiv(length, CHUNK)
-    clock += (batch * heads + head).to(tl.int64) * (chunks + 1)
     for index in range(0, chunks):
         row = index * CHUNK
         a_tile = operand(load_tile(a, a_strides, batch, head, row, 0, length, CHUNK, BLOCK_K, K, False), OPERAND)

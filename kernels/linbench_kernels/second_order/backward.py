@@ -6,11 +6,13 @@ The first programs of a head make dq, going forward in time; the others make dk 
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.spans import numbers_of
+from linbench_kernels.second_order.features import spanned
 from linbench_kernels.second_order.slopes import slopes
 from linbench_kernels.second_order.sums import sums
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "delay"])
 def backward_kernel(
     q,
     k,
@@ -24,6 +26,7 @@ def backward_kernel(
     before,
     after_grad,
     before_grad,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -66,6 +69,7 @@ def backward_kernel(
     before_grad_m,
     heads,
     length,
+    delay,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -81,7 +85,7 @@ def backward_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Grid (B·H · (2 · parts of the keys + blocks of value columns),), see the tables of ``slopes`` and ``sums``.
+    """Grid (sequences · H · (2 · parts of the keys + blocks of value columns),): see ``slopes`` and ``sums``.
 
     Args:
         reciprocals: of the sums of the rows, ``[B, H, N]``; ``delta`` ∂/∂(log of the sum) − ⟨do, o⟩.
@@ -89,7 +93,17 @@ def backward_kernel(
     KEY_PARTS: tl.constexpr = (D + PART - 1) // PART
     PARTS: tl.constexpr = 2 * KEY_PARTS + (M + COLUMNS - 1) // COLUMNS
     part, index = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
-    batch, head = index // heads, index % heads
+    sequence, batch, head, first, late, count = spanned(index, cu_seqlens, heads, length, delay, CHUNK)
+    if before is not None:
+        before += (sequence - batch).to(tl.int64) * before_b
+        before_grad += (sequence - batch).to(tl.int64) * before_grad_b
+    if after_grad is not None:
+        after_grad += (sequence - batch).to(tl.int64) * after_grad_b
+    reciprocals = numbers_of(reciprocals, batch, head, heads, length, late, count)
+    delta = numbers_of(delta, batch, head, heads, length, late, count)
+    q, k, v, out_grad = q + late * q_n, k + first * k_n, v + first * v_n, out_grad + late * out_grad_n
+    q_grad, k_grad, v_grad = q_grad + late * q_grad_n, k_grad + first * k_grad_n, v_grad + first * v_grad_n
+    length = count
     q_strides, k_strides, v_strides = (q_b, q_h, q_n, q_d), (k_b, k_h, k_n, k_d), (v_b, v_h, v_n, v_d)
     out_grad_strides = (out_grad_b, out_grad_h, out_grad_n, out_grad_d)
     after_grad_strides = (after_grad_b, after_grad_h, after_grad_d, after_grad_m)

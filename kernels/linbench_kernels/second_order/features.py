@@ -7,6 +7,7 @@ where it is read or written, and forgotten.
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.spans import span
 from linbench_kernels.additive.tiles import load_tile, operand
 
 
@@ -25,6 +26,28 @@ def product_rows(first, D: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
     flat = tl.arange(0, LEFT * RIGHT)
     left, right = first + flat // RIGHT, flat % RIGHT
     return 1 + D + left * D + right, 1 + D + right * D + left, (left < D) & (right < D)
+
+
+@triton.jit
+def distinct_rows(D: tl.constexpr, BLOCK: tl.constexpr):
+    """Of all products x_i x_j: the rows of a state that has each once, which are there, and which have i = j."""
+    flat = tl.arange(0, BLOCK * BLOCK)
+    left, right = flat // BLOCK, flat % BLOCK
+    return 1 + D + left * D - left * (left - 1) // 2 + right - left, (left <= right) & (right < D), left == right
+
+
+@triton.jit
+def spanned(index, cu_seqlens, heads, length, delay, CHUNK: tl.constexpr):
+    """Sequence, batch and head of a program, the places of its first key and first query, and how many of both.
+
+    Of packed sequences every one loses ``delay`` tokens, or all that it has; tensors that are not packed come without.
+    """
+    _segment, sequence, batch, head, first, count = span(index, cu_seqlens, heads, length, 1, CHUNK, False)
+    late = first
+    if cu_seqlens is not None:
+        late += delay
+        count = tl.maximum(count - delay, 0)
+    return sequence, batch, head, first, late, count
 
 
 @triton.jit

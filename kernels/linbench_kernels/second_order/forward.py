@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
+from linbench_kernels.additive.spans import numbers_of
+from linbench_kernels.second_order.features import spanned
 from linbench_kernels.second_order.sums import sums
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "delay"])
 def forward_kernel(
     q,
     k,
@@ -15,6 +17,7 @@ def forward_kernel(
     logs,
     before,
     after,
+    cu_seqlens,
     q_b,
     q_h,
     q_n,
@@ -41,6 +44,7 @@ def forward_kernel(
     after_m,
     heads,
     length,
+    delay,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -54,21 +58,25 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Grid (B·H · blocks of value columns,). Tensors are those of :func:`linbench_kernels.second_order.attention`."""
+    """Grid (sequences · H · blocks of value columns,). Tensors: :func:`linbench_kernels.second_order.attention`."""
     BLOCKS: tl.constexpr = (M + COLUMNS - 1) // COLUMNS
     part, index = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    batch, head = index // heads, index % heads
+    sequence, batch, head, first, late, count = spanned(index, cu_seqlens, heads, length, delay, CHUNK)
+    if before is not None:
+        before += (sequence - batch).to(tl.int64) * before_b
+    if after is not None:
+        after += (sequence - batch).to(tl.int64) * after_b
     sums(
-        q,
+        q + late * q_n,
         (q_b, q_h, q_n, q_d),
-        k,
+        k + first * k_n,
         (k_b, k_h, k_n, k_d),
-        v,
+        v + first * v_n,
         (v_b, v_h, v_n, v_d),
-        out,
+        out + late * out_n,
         (out_b, out_h, out_n, out_d),
         None,
-        logs,
+        numbers_of(logs, batch, head, heads, length, late, count),
         before,
         (before_b, before_h, before_d, before_m),
         after,
@@ -77,7 +85,7 @@ def forward_kernel(
         head,
         heads,
         part * COLUMNS,
-        length,
+        count,
         scale,
         D,
         M,

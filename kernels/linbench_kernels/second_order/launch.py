@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from linbench_kernels.additive.configs import Arithmetic, arithmetic, block
-from linbench_kernels.additive.launch import arch_of, described, products, scratch, small, strides
+from linbench_kernels.additive.launch import arch_of, described, products, scratch, sequences_of, small, strides
 from linbench_kernels.second_order.backward import backward_kernel
 from linbench_kernels.second_order.configs import Config, Task, config
 from linbench_kernels.second_order.forward import forward_kernel
@@ -16,7 +16,7 @@ from linbench_kernels.second_order.step import step_kernel
 
 
 def state_rows(key_dim: int) -> int:
-    """1, D and D²."""
+    """1, D and D²: what the scans have, see :mod:`~linbench_kernels.second_order.states`."""
     return 1 + key_dim + key_dim**2
 
 
@@ -31,22 +31,37 @@ def chosen(pass_: str, numbers: Arithmetic, q: Tensor, v: Tensor, *tiles: Tensor
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, scale: float, delay: int, keep_state: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    delay: int,
+    keep_state: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of all queries but the first ``delay``, the logarithm of their divisors, and the final state or nothing."""
-    batch, heads, length, key_dim = q.shape
+    """Rows of all queries but the first ``delay``, the logarithm of their divisors, and the final state or nothing.
+
+    Of packed sequences the first ``delay`` tokens have rows too: 0, and −∞ for the logarithm.
+    """
+    _, heads, length, key_dim = q.shape
     value_dim = v.shape[-1]
     numbers = arithmetic(q.dtype, arch_of(q))
-    q, k, v = q[:, :, delay:], k[:, :, : length - delay], v[:, :, : length - delay]
+    sequences, cu_seqlens = sequences_of(q, cu_seqlens), small(cu_seqlens)
+    if cu_seqlens is None:
+        q, k, v = q[:, :, delay:], k[:, :, : length - delay], v[:, :, : length - delay]
     out = torch.empty_like(v)
     logs = q.new_empty(q.shape[:3], dtype=numbers.state)
+    if cu_seqlens is not None and delay:
+        out.zero_()
+        logs.fill_(-torch.inf)
     state = None
     if keep_state:
-        state = q.new_empty(batch, heads, state_rows(key_dim), value_dim + 1, dtype=numbers.state)
+        state = q.new_empty(sequences, heads, state_rows(key_dim), value_dim + 1, dtype=numbers.state)
     form = chosen("forward", numbers, q, v, out)
     columns = min(form.columns, block(value_dim))
-    if batch * heads:
-        forward_kernel[(batch * heads * triton.cdiv(value_dim, columns),)](
+    if sequences * heads:
+        forward_kernel[(sequences * heads * triton.cdiv(value_dim, columns),)](
             q,
             k,
             v,
@@ -54,6 +69,7 @@ def forward(
             logs,
             initial_state,
             state,
+            cu_seqlens,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -61,7 +77,8 @@ def forward(
             *strides(initial_state),
             *strides(state),
             heads,
-            length - delay,
+            q.shape[2],
+            delay,
             scale=scale,
             D=key_dim,
             M=value_dim,
@@ -89,24 +106,30 @@ def backward(
     initial_state: Tensor | None,
     scale: float,
     delay: int,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial state, which is empty where there is none."""
-    batch, heads, length, key_dim = q.shape
+    _, heads, length, key_dim = q.shape
     value_dim = v.shape[-1]
     numbers = arithmetic(q.dtype, arch_of(q))
     q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q, k, v))
-    q_grad[:, :, :delay] = 0
-    k_grad[:, :, length - delay :] = 0
-    v_grad[:, :, length - delay :] = 0
+    sequences, cu_seqlens = sequences_of(q, cu_seqlens), small(cu_seqlens)
+    if cu_seqlens is not None and delay:
+        for grad in (q_grad, k_grad, v_grad):
+            grad.zero_()
+    skipped = delay if cu_seqlens is None else 0
+    q_grad[:, :, :skipped] = 0
+    k_grad[:, :, length - skipped :] = 0
+    v_grad[:, :, length - skipped :] = 0
     before_grad = None if initial_state is None else q.new_empty(initial_state.shape, dtype=numbers.state)
-    late = [x[:, :, delay:] for x in (q, q_grad)]
-    early = [x[:, :, : length - delay] for x in (k, k_grad, v, v_grad)]
+    late = [x[:, :, skipped:] for x in (q, q_grad)]
+    early = [x[:, :, : length - skipped] for x in (k, k_grad, v, v_grad)]
     reciprocals, delta = rows(out, out_grad, logs, small(logs_grad), numbers)
     form = chosen("backward", numbers, q, early[2], early[3], out_grad)
     columns, part = min(form.columns, block(value_dim)), min(form.part, block(key_dim))
     programs = 2 * triton.cdiv(key_dim, part) + triton.cdiv(value_dim, columns)
-    if batch * heads:
-        backward_kernel[(batch * heads * programs,)](
+    if sequences * heads:
+        backward_kernel[(sequences * heads * programs,)](
             late[0],
             early[0],
             early[2],
@@ -119,6 +142,7 @@ def backward(
             initial_state,
             state_grad,
             before_grad,
+            cu_seqlens,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -130,7 +154,8 @@ def backward(
             *strides(state_grad),
             *strides(before_grad),
             heads,
-            length - delay,
+            length - skipped,
+            delay,
             scale=scale,
             D=key_dim,
             M=value_dim,
@@ -198,6 +223,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> tuple[
             *state.stride(),
             heads,
             scale=scale,
+            ROOT=abs(scale) ** 0.5,
             D=key_dim,
             M=value_dim,
             BLOCK_D=block(key_dim),

@@ -67,8 +67,9 @@ def slopes(
             are dv's.
     """
     if TMA:
-        a = described(a, a_strides, batch, head, length, CHUNK, BLOCK_M, M)
-        b = described(b, b_strides, batch, head, length, CHUNK, BLOCK_M, M)
+        tall = tl.maximum(length, 1)  # a descriptor of none is none
+        a = described(a, a_strides, batch, head, tall, CHUNK, BLOCK_M, M)
+        b = described(b, b_strides, batch, head, tall, CHUNK, BLOCK_M, M)
     values, dims, part = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), first + tl.arange(0, PART)
     rows, swapped, there = product_rows(first, D, PART, BLOCK_D)
     linear = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)

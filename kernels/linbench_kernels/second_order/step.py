@@ -5,7 +5,13 @@ import triton.language as tl
 
 from linbench_kernels.additive.step import load_vector
 from linbench_kernels.additive.tiles import stored
-from linbench_kernels.second_order.features import of_head, product_rows
+from linbench_kernels.second_order.features import distinct_rows, of_head
+
+
+@triton.jit
+def once(products, there, equal):
+    """Of products x_i x_j those of φ: each pair once, a square over √2."""
+    return tl.where(there, tl.where(equal, products * 0.7071067811865476, products), 0.0)
 
 
 @triton.jit
@@ -31,6 +37,7 @@ def step_kernel(
     state_m,
     heads,
     scale: tl.constexpr,
+    ROOT: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -40,6 +47,7 @@ def step_kernel(
     """S ← S + φ(k)ᵀ [v, 1], o = φ(q) S divided by its last column. Grid (B·H,).
 
     Args:
+        state: ``[B, H, F, M + 1]``, see ``states``; ``ROOT`` is √|scale|.
         out: ``[B, H, M]``, contiguous; ``logs`` of the divisor ``[B, H]``, contiguous.
     """
     index = tl.program_id(0)
@@ -47,12 +55,15 @@ def step_kernel(
     strides = (state_b, state_h, state_d, state_m)
     start = of_head(state, strides, batch, head)
     dims = tl.arange(0, BLOCK_D)
-    rows, _, there = product_rows(0, D, BLOCK_D, BLOCK_D)
+    rows, there, equal = distinct_rows(D, BLOCK_D)
     query = load_vector(q, (q_b, q_h, q_d), batch, head, 0, D, BLOCK_D, ACC)
     key = load_vector(k, (k_b, k_h, k_d), batch, head, 0, D, BLOCK_D, ACC)
-    squared_query = tl.reshape(query[:, None] * query[None, :], [BLOCK_D * BLOCK_D]) * (scale * scale * 0.5)
-    squared_key = tl.reshape(key[:, None] * key[None, :], [BLOCK_D * BLOCK_D])
-    query *= scale
+    key *= ROOT
+    query *= ROOT
+    squared_query = once(tl.reshape(query[:, None] * query[None, :], [BLOCK_D * BLOCK_D]), there, equal)
+    squared_key = once(tl.reshape(key[:, None] * key[None, :], [BLOCK_D * BLOCK_D]), there, equal)
+    if scale < 0:
+        query = -query
 
     sums = start + M * state_m
     count = tl.load(sums).to(ACC) + 1.0

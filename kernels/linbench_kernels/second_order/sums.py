@@ -64,8 +64,9 @@ def sums(
         before: the state that comes in, or None; ``after`` the one that leaves.
     """
     if TMA:
-        c = described(c, c_strides, batch, head, length, CHUNK, COLUMNS, M)
-        out = described(out, out_strides, batch, head, length, CHUNK, COLUMNS, M)
+        rows = tl.maximum(length, 1)  # a descriptor of none is none
+        c = described(c, c_strides, batch, head, rows, CHUNK, COLUMNS, M)
+        out = described(out, out_strides, batch, head, rows, CHUNK, COLUMNS, M)
     columns, dims = column + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
     constant = tl.zeros([COLUMNS], dtype=ACC)
     linear = tl.zeros([BLOCK_D, COLUMNS], dtype=ACC)

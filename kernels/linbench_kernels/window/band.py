@@ -5,7 +5,7 @@ import triton.language as tl
 
 from linbench_kernels.additive.scan import LOG2_E
 
-__all__ = ["LOG2_E", "finite", "keys_seen", "late_logs", "late_places", "queries_seeing", "seen"]
+__all__ = ["LOG2_E", "finite", "keys_seen", "late_logs", "late_places", "queries_seeing", "seen", "together"]
 
 
 @triton.jit
@@ -35,6 +35,14 @@ def seen(queries, keys, window, query_count, key_count, CAUSAL: tl.constexpr):
         return near & (distance >= 0)
     else:
         return near & (distance > -window)
+
+
+@triton.jit
+def together(sequence, row, at, length, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Whether queries from ``row`` on and keys from ``at`` on, as many of both, are of one packed sequence."""
+    queries, keys = row + tl.arange(0, ROWS), at + tl.arange(0, KEYS)
+    of_queries = tl.load(sequence + queries, mask=queries < length, other=-1)
+    return of_queries[:, None] == tl.load(sequence + keys, mask=keys < length, other=-1)[None, :]
 
 
 @triton.jit

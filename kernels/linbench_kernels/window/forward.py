@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import load_tile, operand, store_row, store_tile
-from linbench_kernels.window.band import LOG2_E, finite, keys_seen, late_logs, late_places, seen
+from linbench_kernels.window.band import LOG2_E, finite, keys_seen, late_logs, late_places, seen, together
 
 
 @triton.jit(do_not_specialize=["length", "keys", "window", "missing"])
@@ -13,9 +13,11 @@ def forward_kernel(
     k,
     v,
     out,
-    logs,
+    levels,
+    shares,
     beside,
     beside_logs,
+    sequence,
     q_b,
     q_h,
     q_n,
@@ -57,7 +59,10 @@ def forward_kernel(
     """Grid (blocks of queries · B·H,), the blocks of a head side by side, where they share keys in the cache.
 
     Args:
-        logs: ``[B, H, N]``: log2 of the sum of the weights of a row, those of ``beside`` among them.
+        levels: ``[B, H, N]``: log2 of the largest weight of a row, that of ``beside`` among them; 0 for no weight.
+        shares: ``[B, H, N]``: what that weight is of all of the row. One logarithm for both would have too few digits
+            where logits are large: of 4,000 it says e^0.0003 at best, and rows would not sum to one.
+        sequence: the number of the packed sequence of every token, or None.
         beside: the result over other keys of all queries but the first ``missing``, or None.
         beside_logs: natural logarithms of the sums of its weights, contiguous.
     """
@@ -77,6 +82,8 @@ def forward_kernel(
         v_tile = operand(load_tile(v, v_strides, batch, head, at, 0, keys, KEYS, BLOCK_M, M, False), OPERAND)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2_E)
         there = seen(positions[:, None], at + tl.arange(0, KEYS)[None, :], window, length, keys, CAUSAL)
+        if sequence is not None:
+            there &= together(sequence, row, at, length, ROWS, KEYS)
         scores = tl.where(there, scores, float("-inf"))
         before = largest
         largest = tl.maximum(before, tl.max(scores, 1))
@@ -87,18 +94,19 @@ def forward_kernel(
         acc *= fade[:, None]
         acc = tl.dot(operand(weights, OPERAND), v_tile, acc, input_precision=PRECISION, out_dtype=ACC)
 
-    own = tl.where(total > 0, finite(largest) + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    joint = own
+    level = finite(largest)
     if beside is not None:
         place = row - missing
         other = late_logs(beside_logs, index, place, length - missing, ROWS, ACC)
-        top = finite(tl.maximum(own, other))
-        both = tl.exp2(own - top) + tl.exp2(other - top)
-        joint = tl.where(both > 0, top + tl.log2(tl.where(both > 0, both, 1.0)), float("-inf"))
-    acc *= tl.exp2(finite(largest) - finite(joint))[:, None]
-    if beside is not None:
+        level = finite(tl.maximum(largest, other))
+        fade = tl.exp2(largest - level)
+        weight = tl.exp2(other - level)
         strides = (beside_b, beside_h, beside_n, beside_d)
         places, there = late_places(beside, strides, batch, head, place, length - missing, ROWS, M, BLOCK_M)
-        acc += tl.load(places, mask=there, other=0.0).to(ACC) * tl.exp2(other - finite(joint))[:, None]
-    store_row(logs, batch, head, heads, row, length, joint, ROWS)
+        acc = acc * fade[:, None] + tl.load(places, mask=there, other=0.0).to(ACC) * weight[:, None]
+        total = total * fade + weight
+    share = 1.0 / tl.where(total > 0, total, 1.0)
+    acc *= share[:, None]
+    store_row(levels, batch, head, heads, row, length, level, ROWS)
+    store_row(shares, batch, head, heads, row, length, share, ROWS)
     store_tile(out, (out_b, out_h, out_n, out_d), batch, head, row, 0, length, acc, ROWS, BLOCK_M, M, False)

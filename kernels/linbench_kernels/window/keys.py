@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from linbench_kernels.additive.tiles import load_row, load_tile, operand, store_tile
-from linbench_kernels.window.band import LOG2_E, finite, queries_seeing, seen
+from linbench_kernels.window.band import LOG2_E, queries_seeing, seen, together
 
 
 @triton.jit(do_not_specialize=["length", "keys", "window"])
@@ -16,10 +16,12 @@ def keys_kernel(
     k,
     v,
     out_grad,
-    logs,
+    levels,
+    shares,
     delta,
     k_grad,
     v_grad,
+    sequence,
     q_b,
     q_h,
     q_n,
@@ -61,7 +63,7 @@ def keys_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (blocks of keys · B·H,). ``logs`` and ``delta`` as in ``queries``, ``[B, H, N]``."""
+    """Grid (blocks of keys · B·H,). ``levels``, ``shares`` and ``delta`` as in ``queries``, ``[B, H, N]``."""
     blocks = tl.cdiv(keys, KEYS)
     at, index = tl.program_id(0) % blocks * KEYS, tl.program_id(0) // blocks
     batch, head = index // heads, index % heads
@@ -78,11 +80,14 @@ def keys_kernel(
         q_tile = operand(load_tile(q, q_strides, batch, head, row, 0, length, ROWS, BLOCK_D, D, False), OPERAND)
         grad_tile = load_tile(out_grad, out_grad_strides, batch, head, row, 0, length, ROWS, BLOCK_M, M, False)
         grad_tile = operand(grad_tile, OPERAND)
-        joint = finite(load_row(logs, batch, head, heads, row, length, ROWS, ACC))
+        level = load_row(levels, batch, head, heads, row, length, ROWS, ACC)
+        share = load_row(shares, batch, head, heads, row, length, ROWS, ACC)
         met = load_row(delta, batch, head, heads, row, length, ROWS, ACC)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2_E)
         there = seen(row + tl.arange(0, ROWS)[None, :], positions[:, None], window, length, keys, CAUSAL)
-        weights = tl.exp2(tl.where(there, scores - joint[None, :], float("-inf")))
+        if sequence is not None:
+            there &= together(sequence, at, row, length, KEYS, ROWS)
+        weights = tl.exp2(tl.where(there, scores - level[None, :], float("-inf"))) * share[None, :]
         change = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION, out_dtype=ACC) - met[None, :]
         v_acc = tl.dot(operand(weights, OPERAND), grad_tile, v_acc, input_precision=PRECISION, out_dtype=ACC)
         k_acc = tl.dot(operand(weights * change, OPERAND), q_tile, k_acc, input_precision=PRECISION, out_dtype=ACC)

@@ -56,12 +56,13 @@ def forward(
     window: int,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o, and log2 of the sums of all weights of its rows."""
+    """o, and of its rows the level of the largest weight and its share, ``[2, B, H, N]``."""
     batch, heads, length, _ = q.shape
     numbers = arithmetic(q.dtype, arch_of(q))
     out = result(q, v)
-    logs = q.new_empty(q.shape[:3], dtype=numbers.state)
+    scales = q.new_empty(2, *q.shape[:3], dtype=numbers.state)
     form = chosen("forward", numbers, q, v)
     if q.numel():
         forward_kernel[(triton.cdiv(length, form.rows) * batch * heads,)](
@@ -69,9 +70,10 @@ def forward(
             k,
             v,
             out,
-            logs,
+            *scales,
             beside,
             small(beside_logs),
+            sequence_of_tokens(cu_seqlens, length),
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -84,7 +86,7 @@ def forward(
             0 if beside is None else length - beside.shape[2],
             **settings(form, numbers, q, v, scale, causal),
         )
-    return out, logs
+    return out, scales
 
 
 def backward(
@@ -93,12 +95,13 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    logs: Tensor,
+    scales: Tensor,
     beside: Tensor | None,
     beside_logs: Tensor | None,
     window: int,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, of what stands beside and of its logarithms; empty for None."""
     batch, heads, length, _ = q.shape
@@ -108,7 +111,8 @@ def backward(
     logs_grad = None
     if beside_logs is not None:
         logs_grad = beside_logs.new_empty(beside_logs.shape, dtype=numbers.state)
-    delta = torch.empty_like(logs)
+    delta = torch.empty_like(scales[0])
+    sequence = sequence_of_tokens(cu_seqlens, length)
     if q.numel():
         form = chosen("queries", numbers, q, v)
         queries_kernel[(triton.cdiv(length, form.rows) * batch * heads,)](
@@ -117,13 +121,14 @@ def backward(
             v,
             out,
             out_grad,
-            logs,
+            *scales,
             delta,
             q_grad,
             beside,
             small(beside_logs),
             beside_grad,
             logs_grad,
+            sequence,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -145,10 +150,11 @@ def backward(
             k,
             v,
             out_grad,
-            logs,
+            *scales,
             delta,
             k_grad,
             v_grad,
+            sequence,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -166,12 +172,28 @@ def backward(
     return q_grad, k_grad, v_grad, beside_grad, logs_grad.to(beside_logs.dtype)
 
 
+def sequence_of_tokens(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
+    """The number of the packed sequence of every token, ``[N]``; None for None. It stays on the device."""
+    if cu_seqlens is None:
+        return None
+    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True)
+
+
 def reach(window: int, q: Tensor, k: Tensor) -> int:
     """The window, or a shorter one that sees all the same: positions and windows are added in 32 bits."""
     return min(window, max(q.shape[2], k.shape[2]))
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Tensor | None, scale: float) -> Tensor:
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beside: Tensor | None,
+    beside_logs: Tensor | None,
+    scale: float,
+    without: int | None = None,
+) -> Tensor:
     """One query: o ``[B, H, M]``."""
     batch, heads, key_dim = q.shape
     value_dim = v.shape[-1]
@@ -190,6 +212,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Te
             *((0, 0, 0) if beside is None else beside.stride()),
             heads,
             k.shape[2],
+            -1 if without is None else without,
             scale=scale,
             D=key_dim,
             M=value_dim,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linbench_kernels.additive.operator import check_numbers, expect
+from linbench_kernels.additive.operator import check_numbers, check_packing, expect
 from linbench_kernels.device import unavailable
 from linbench_kernels.window import launch
 
@@ -22,6 +22,7 @@ def attention(
     causal: bool = True,
     beside: Tensor | None = None,
     beside_logs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """o_i = Σ_j exp(scale · q_i·k_j) v_j over the keys in the window of i, divided by the sum of the weights.
 
@@ -37,6 +38,8 @@ def attention(
         scale: 1/√D when None.
         beside: ``[B, H, n, M]`` with n ≤ N, in the dtype of v.
         beside_logs: l, ``[B, H, n]`` in fp32 (fp64 for fp64); −∞ for no other key.
+        cu_seqlens: int32 or int64 ``[S + 1]``, rising from 0 to N = N_k: B is 1, and sequence s has the tokens from
+            cu_seqlens[s] up to cu_seqlens[s + 1], none perhaps. The numbers stay on the device and are not checked.
 
     Returns:
         o ``[B, H, N, M]`` in the dtype of v.
@@ -48,8 +51,11 @@ def attention(
     if window < 1:
         raise ValueError(f"window = {window}: at least 1 is needed")
     check_beside(q, v, beside, beside_logs)
+    check_packing(cu_seqlens, q.shape[0])
+    if cu_seqlens is not None and q.shape[2] != k.shape[2]:
+        raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys: as many are needed of packed sequences")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = attention_op(q, k, v, beside, beside_logs, window, float(scale), causal)[0]
+    out: Tensor = attention_op(q, k, v, beside, beside_logs, window, float(scale), causal, cu_seqlens)[0]
     return out
 
 
@@ -59,12 +65,14 @@ def step(
     v: Tensor,
     *,
     scale: float | None = None,
+    without: int | None = None,
     beside: Tensor | None = None,
     beside_logs: Tensor | None = None,
 ) -> Tensor:
     """One query of :func:`attention` ``[B, H, D]`` and the keys ``[B, H, n, D]`` and values that are in its window.
 
-    In any order, as a ring has them; ``beside`` is ``[B, H, M]`` and ``beside_logs`` ``[B, H]``. Gives o ``[B, H, M]``.
+    In any order, as a ring has them; ``without`` is the number of one that has left. ``beside`` is ``[B, H, M]`` and
+    ``beside_logs`` ``[B, H]``. Gives o ``[B, H, M]``.
 
     Raises:
         ValueError: as in :func:`attention`.
@@ -77,7 +85,7 @@ def step(
         None if beside_logs is None else beside_logs[:, :, None],
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = step_op(q, k, v, beside, beside_logs, float(scale))
+    out: Tensor = step_op(q, k, v, beside, beside_logs, float(scale), without)
     return out
 
 
@@ -118,9 +126,10 @@ def attention_op(
     window: int,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`~linbench_kernels.window.launch.forward` as an operator of torch."""
-    return launch.forward(q, k, v, beside, beside_logs, window, scale, causal)
+    return launch.forward(q, k, v, beside, beside_logs, window, scale, causal, cu_seqlens)
 
 
 @attention_op.register_fake
@@ -133,9 +142,10 @@ def _(
     window: int,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     precise = torch.promote_types(q.dtype, torch.float32)
-    return launch.result(q, v), q.new_empty(q.shape[:3], dtype=precise)
+    return launch.result(q, v), q.new_empty((2, *q.shape[:3]), dtype=precise)
 
 
 @torch.library.custom_op("linbench::window_attention_backward", mutates_args=())
@@ -145,15 +155,16 @@ def backward_op(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    logs: Tensor,
+    scales: Tensor,
     beside: Tensor | None,
     beside_logs: Tensor | None,
     window: int,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`~linbench_kernels.window.launch.backward` as an operator of torch."""
-    return launch.backward(out_grad, q, k, v, out, logs, beside, beside_logs, window, scale, causal)
+    return launch.backward(out_grad, q, k, v, out, scales, beside, beside_logs, window, scale, causal, cu_seqlens)
 
 
 @backward_op.register_fake
@@ -163,12 +174,13 @@ def _(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    logs: Tensor,
+    scales: Tensor,
     beside: Tensor | None,
     beside_logs: Tensor | None,
     window: int,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     grads = (torch.empty_like(x) for x in (q, k, v))
     if beside is None or beside_logs is None:
@@ -177,30 +189,46 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, beside, beside_logs, ctx.window, ctx.scale, ctx.causal = inputs
+    q, k, v, beside, beside_logs, ctx.window, ctx.scale, ctx.causal, cu_seqlens = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, beside, beside_logs)
+    ctx.save_for_backward(q, k, v, *output, beside, beside_logs, cu_seqlens)
 
 
 def _backward(ctx: Any, out_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, out, logs, beside, beside_logs = ctx.saved_tensors
+    q, k, v, out, scales, beside, beside_logs, cu_seqlens = ctx.saved_tensors
     if out_grad is None:
-        return (None,) * 8
-    options = (ctx.window, ctx.scale, ctx.causal)
-    grads = backward_op(out_grad, q, k, v, out, logs, beside, beside_logs, *options)
-    return *grads[:3], *((None, None) if beside is None else grads[3:]), None, None, None
+        return (None,) * 9
+    options = (ctx.window, ctx.scale, ctx.causal, cu_seqlens)
+    grads = backward_op(out_grad, q, k, v, out, scales, beside, beside_logs, *options)
+    return *grads[:3], *((None, None) if beside is None else grads[3:]), None, None, None, None
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)
 
 
 @torch.library.custom_op("linbench::window_step", mutates_args=())
-def step_op(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Tensor | None, scale: float) -> Tensor:
+def step_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beside: Tensor | None,
+    beside_logs: Tensor | None,
+    scale: float,
+    without: int | None = None,
+) -> Tensor:
     """:func:`~linbench_kernels.window.launch.step` as an operator of torch."""
-    return launch.step(q, k, v, beside, beside_logs, scale)
+    return launch.step(q, k, v, beside, beside_logs, scale, without)
 
 
 @step_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, beside: Tensor | None, beside_logs: Tensor | None, scale: float) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beside: Tensor | None,
+    beside_logs: Tensor | None,
+    scale: float,
+    without: int | None = None,
+) -> Tensor:
     return v.new_empty((*q.shape[:2], v.shape[-1]))

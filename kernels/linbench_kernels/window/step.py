@@ -5,10 +5,10 @@ import triton.language as tl
 
 from linbench_kernels.additive.step import load_vector
 from linbench_kernels.additive.tiles import load_tile, stored
-from linbench_kernels.window.band import LOG2_E
+from linbench_kernels.window.band import LOG2_E, finite
 
 
-@triton.jit(do_not_specialize=["keys"])
+@triton.jit(do_not_specialize=["keys", "without"])
 def step_kernel(
     q,
     k,
@@ -32,6 +32,7 @@ def step_kernel(
     beside_d,
     heads,
     keys,
+    without,
     scale: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -40,7 +41,7 @@ def step_kernel(
     KEYS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Σ exp(scale q·k) v over all ``keys``, and what stands beside, over the sum of the weights. Grid (B·H,)."""
+    """Σ exp(scale q·k) v over all keys but one, and what stands beside, over the sum of the weights. Grid (B·H,)."""
     index = tl.program_id(0)
     batch, head = index // heads, index % heads
     query = load_vector(q, (q_b, q_h, q_d), batch, head, 0, D, BLOCK_D, ACC) * (scale * LOG2_E)
@@ -54,11 +55,12 @@ def step_kernel(
         at = tile * KEYS
         k_tile = load_tile(k, (k_b, k_h, k_n, k_d), batch, head, at, 0, keys, KEYS, BLOCK_D, D, False).to(ACC)
         v_tile = load_tile(v, (v_b, v_h, v_n, v_d), batch, head, at, 0, keys, KEYS, BLOCK_M, M, False).to(ACC)
-        scores = tl.where(at + tl.arange(0, KEYS) < keys, tl.sum(k_tile * query[None, :], 1), float("-inf"))
+        rows = at + tl.arange(0, KEYS)
+        scores = tl.where((rows < keys) & (rows != without), tl.sum(k_tile * query[None, :], 1), float("-inf"))
         before = largest
         largest = tl.maximum(before, tl.max(scores, 0))
-        weights = tl.exp2(scores - largest)
-        fade = tl.exp2(before - largest)
+        weights = tl.exp2(scores - finite(largest))
+        fade = tl.exp2(before - finite(largest))
         total = total * fade + tl.sum(weights, 0)
         acc = acc * fade + tl.sum(v_tile * weights[:, None], 0)
     columns = tl.arange(0, BLOCK_M)

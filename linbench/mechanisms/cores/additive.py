@@ -159,6 +159,30 @@ class AdditiveState(Mechanism):
 
         return attention(q, k, v, feature=feature, **options)[0]
 
+    @torch.no_grad()
+    def fused_features_prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, feature: str, **options: Any
+    ) -> tuple[Tensor, Checkpoint]:
+        """What ``prefill_triton`` is then; raises as :meth:`fused_features`."""
+        self.check(q, k)
+        require(q.device.type, self.causal)
+        from linbench_kernels.features import attention
+
+        out, state = attention(q, k, v, feature=feature, return_state=True, **options)
+        assert state is not None, "it was asked for"
+        return out, Checkpoint(*state)
+
+    @torch.no_grad()
+    def fused_features_step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Checkpoint, feature: str, **options: Any
+    ) -> tuple[Tensor, Checkpoint]:
+        """What ``step_triton`` is then: the sums are changed in place; raises as :meth:`fused_features`."""
+        require(q.device.type, self.causal)
+        from linbench_kernels.features import step
+        from linbench_kernels.features.operator import State
+
+        return step(q, k, v, State(state.state, state.largest), feature=feature, **options), state
+
     def check(self, q: Tensor, k: Tensor) -> None:
         """Refuse what has no operator (for a cell, ``unsupported`` says so before)."""
         if self.causal not in self.description.causal_forms:

@@ -1,6 +1,7 @@
 // Figures: one plot for each panel that the filters leave, drawn when it comes into view.
 
-const HEIGHT = { lines: 330, front: 330 };
+const HEIGHT = { lines: 330, front: 330, spectrum: 330 };
+const TILE = { width: 142, height: 166, words: 46 }; // pixels of a map with its words
 const ROW = 34; // pixels of a row of the crossover chart
 const STRIP_ROW = 0.055; // of the height, for a series that failed
 let watcher;
@@ -22,7 +23,7 @@ function hoverText(entry) {
 }
 
 function shownEntries(panel) {
-  const fixed = panel.kind === "front"; // stands at one length: the range of lengths does not apply
+  const fixed = !["lines", "brackets"].includes(panel.kind); // stands at one length: the range of lengths does not apply
   return panel.entries.filter((entry) => seriesShown(entry[0]) && (fixed || lengthShown(entry[1])));
 }
 
@@ -154,6 +155,60 @@ function front(panel, look) {
   return { traces, layout: { xaxis: axis(x, look), yaxis: axis(y, look) } };
 }
 
+function spectrum(panel, look) {
+  const { x, y, exact } = panel.frame;
+  const at = (value) => Math.max(value, y.edge);
+  const traces = [{
+    type: "scatter", mode: "lines", x: exact.map((_, i) => i + 1), y: exact.map(at), line: { color: look.muted, width: 5 },
+    opacity: 0.45, name: "exact softmax", hovertemplate: "exact softmax<br>number %{x}: %{y:.3g} of the largest<extra></extra>",
+  }];
+  for (const [series, own] of bySeries(shownEntries(panel))) {
+    traces.push(trace(own, {
+      mode: "lines+markers", x: own.map((entry) => entry[3][0]), y: own.map((entry) => at(entry[2][0])),
+      line: { color: look.of(series), width: 1.8, dash: data.series[series].dash },
+      marker: { ...mark(series, look.of(series), 6), maxdisplayed: 9 },
+    }));
+  }
+  return { traces, layout: { xaxis: axis(x, look), yaxis: axis(y, look) } };
+}
+
+// Tiles of softmax and of the mechanisms that the filters leave, as many beside each other as fit.
+function maps(panel, look, width) {
+  const entries = new Map(shownEntries(panel).map((entry) => [entry[0], entry]));
+  const tiles = panel.frame.tiles.filter((tile) => tile.series === null || entries.has(tile.series));
+  const columns = Math.max(1, Math.floor((width - 20) / TILE.width)), rows = Math.ceil(tiles.length / columns);
+  const traces = [], annotations = [];
+  const { words } = TILE, high = TILE.height - words - 8, wide = TILE.width - 12;
+  tiles.forEach((tile, place) => {
+    const left = (place % columns) * TILE.width, top = Math.floor(place / columns) * TILE.height;
+    const name = tile.series === null ? "exact softmax" : data.series[tile.series].name, entry = entries.get(tile.series);
+    const largest = Math.max(...tile.weights.flat().map(Math.abs)) || 1;
+    const upTo = (starts, i) => (i + 1 < starts.length ? `–${starts[i + 1] - 1}` : " on");
+    traces.push({
+      type: "heatmap", showscale: false, zmin: -1, zmax: 1, xgap: 0, ygap: 0, name: escaped(name),
+      colorscale: [[0, colourOf("--c5", dark() ? 1 : 0)], [0.5, look.paper], [1, colourOf("--c4", dark() ? 1 : 0)]],
+      x: tile.keys.map((_, i) => left + (i + 0.5) * (wide / tile.keys.length)),
+      y: tile.queries.map((_, i) => top + words + (i + 0.5) * (high / tile.queries.length)),
+      z: tile.weights.map((row) => row.map((weight) => Math.sign(weight) * Math.sqrt(Math.abs(weight) / largest))),
+      hovertext: tile.weights.map((row, i) => row.map((weight, j) =>
+        `<b>${escaped(name)}</b><br>queries ${tile.queries[i]}${upTo(tile.queries, i)}, keys ${tile.keys[j]}${upTo(tile.keys, j)}: ${weight}`)),
+      hovertemplate: "%{hovertext}<extra></extra>",
+    });
+    if (entry) {
+      traces.push(trace([entry], { mode: "markers", x: [left + wide / 2], y: [top + words / 2], marker: { size: 24, opacity: 0 } }));
+    }
+    [cut(name, 20), ...tile.lines].forEach((text, line) => annotations.push({
+      x: left, y: top + 14 * (line + 1), xref: "x", yref: "y", text: escaped(text), showarrow: false, xanchor: "left", yanchor: "bottom",
+      xshift: -2, borderpad: 0, font: { size: line ? 9.5 : 12, color: line ? look.muted : look.ink },
+    }));
+  });
+  const bare = { fixedrange: true, visible: false };
+  const layout = {
+    xaxis: { ...bare, range: [0, width - 20] }, yaxis: { ...bare, range: [rows * TILE.height, 0] }, annotations,
+  };
+  return { traces, layout, height: rows * TILE.height + 38 };
+}
+
 const cut = (text, most) => (text.length <= most ? text : `${text.slice(0, most - 1)}…`);
 
 function brackets(panel, look, width) {
@@ -183,7 +238,7 @@ function brackets(panel, look, width) {
   return { traces, layout: { xaxis: axis(narrowed(panel.frame.x, panel.span), look), yaxis, annotations }, height: ROW * (rows.length + 1) };
 }
 
-const KINDS = { lines, front, brackets };
+const KINDS = { lines, front, brackets, spectrum, maps };
 
 function picture(panel, theme, width) {
   const look = colours(theme);
@@ -206,7 +261,7 @@ function draw(figure, width = figure.clientWidth) {
 }
 
 function makeFigure(panel) {
-  const height = panel.kind === "brackets" ? ROW * (panel.frame.rows.length + 1) : HEIGHT[panel.kind];
+  const height = panel.kind === "brackets" ? ROW * (panel.frame.rows.length + 1) : HEIGHT[panel.kind] ?? TILE.height;
   const files = element("span", { class: "files" }, ...["CSV", "PNG", "SVG"].map((format) =>
     element("button", { type: "button", onclick: () => save(panel, format.toLowerCase()), "aria-label": `${format} of ${panel.title}` }, format)));
   const plot = element("div", { class: "plot", style: `min-height:${height}px`, tabindex: "0", role: "application",
@@ -248,7 +303,7 @@ function showCharts() {
     const figures = panels.map((panel) => makeFigure(Object.assign(panel, common)));
     const named = new Set(panels.flatMap((panel) => shownEntries(panel).map((entry) => entry[0])));
     holder.replaceChildren(...figures);
-    if (!panels.length) holder.append(element("p", { class: "muted" }, "Nothing was measured with these filters."));
+    if (!panels.length) holder.append(element("p", { class: "muted" }, `Nothing with these filters; Reset shows ${chart.panels.length} panels.`));
     for (const figure of figures) watcher.observe(figure);
     for (const item of document.querySelectorAll(`[data-legend="${CSS.escape(chart.slug)}"] li`)) {
       item.hidden = !named.has(Number(item.dataset.series));
