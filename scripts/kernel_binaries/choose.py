@@ -14,23 +14,25 @@ from linbench_kernels.choices import Choice, replaced
 from kernel_binaries import additive, binaries
 from kernel_binaries.budget import GATED_BACKWARD_BYTES
 from kernel_binaries.launches import Launch, recorded
+from kernel_binaries.rows import Asked
 
 TUNED = Path(tables.__file__).parent / "tuned"
 SOURCE = "chosen by binary, not measured"
 WIDTHS = (64, 128)
 LARGEST_SHARED = 227 * 1024
 """Bytes that one program may have on sm_90."""
-CANDIDATES = tuple(
-    {"columns": columns, "warps": warps, "stages": stages}
-    for columns, warps, stages in ((32, 4, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2))
-)
+CANDIDATES = {
+    "forward": ((32, 4, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2)),
+    "backward": ((64, 4, 2), (64, 8, 2)),
+}
+"""Columns, warps and stages that are tried beside the rule's, by pass."""
 
 
 def write(arch: str) -> Path:
     """Choose for the additive family in bf16, and write the file of ``arch``."""
-    entries = [entry for width in WIDTHS for entry in chosen(arch, width)]
     path = TUNED / f"{arch}.json"
-    tables.write(path, SOURCE, entries)
+    for width in WIDTHS:
+        tables.write(path, SOURCE, list(chosen(arch, width)))
     return path
 
 
@@ -44,12 +46,13 @@ def chosen(arch: str, width: int) -> Iterator[dict[str, Any]]:
     worst: dict[tuple[Any, Any], tuple[Any, ...]] = {}
     for variant in additive.VARIANTS:
         for asked in additive.calls(torch.bfloat16, width, variant):
-            if asked.pass_ == "step":
-                continue
-            for candidate in (None, *CANDIDATES):
+            seen = set()
+            for candidate in (None, *CANDIDATES.get(asked.pass_, ())) if asked.pass_ != "step" else ():
                 task, config, launch = tried(arch, asked, candidate)
-                cost = costs(launch, arch, asked.gated)
-                worst[task, config] = max(worst.get((task, config), cost), cost)
+                if config not in seen:
+                    seen.add(config)
+                    cost = costs(launch, arch, asked.gated)
+                    worst[task, config] = max(worst.get((task, config), cost), cost)
     for (task, config), cost in worst.items():
         found.setdefault(task, []).append((cost, config))
     for task, tries in found.items():
@@ -60,15 +63,16 @@ def chosen(arch: str, width: int) -> Iterator[dict[str, Any]]:
         yield {"family": "additive", "task": tables.described((task,)), "config": config, "why": why}
 
 
-def tried(arch: str, asked: Any, candidate: dict[str, int] | None) -> tuple[Any, Any, Launch]:
+def tried(arch: str, asked: Asked, candidate: tuple[int, int, int] | None) -> tuple[Any, Any, Launch]:
     """The task of a call, the configuration that it is given, and its launch."""
     kept: list[Choice] = []
+    settings = {} if candidate is None else dict(zip(("columns", "warps", "stages"), candidate, strict=True))
 
     def change(choice: Choice) -> Any:
         kept.append(choice)
         rule = tables.rule_of(choice.family)
         by_rule = {} if rule is None else dataclasses.asdict(rule(choice.task))
-        changed = dataclasses.replace(choice.config, **{**by_rule, **(candidate or {})})
+        changed = dataclasses.replace(choice.config, **{**by_rule, **settings})
         kept[-1] = dataclasses.replace(choice, config=changed)
         return changed
 
