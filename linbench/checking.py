@@ -23,11 +23,11 @@ from linbench.environment import available_memory_bytes, default_threads
 from linbench.errors import UsageError
 from linbench.protocol import Examined, ExamineRequest
 from linbench.runner import Runner
+from linbench.sweep import MEMORY_SHARE
 
 TIME_LIMIT_S = 120.0
 LOOK_LIMIT_S = 120.0
 """For building a mechanism before anything is asked of it; the first also waits for the server to import torch."""
-MEMORY_SHARE = 0.8
 PATIENCE = 3
 """After so many properties without an answer in time the others are not tried: each would cost the limit again."""
 INTERRUPTED = 130

@@ -188,16 +188,25 @@ def _holds(record: Record, step: Step, plan: Plan) -> bool:
 
 def memory_limit(cell: Cell, plan: Plan) -> int:
     """Bytes that a CPU cell may allocate."""
+    return _memory_limit(cell, plan.memory_limit_bytes)
+
+
+def _memory_limit(cell: Cell, otherwise_bytes: int) -> int:
     asked = cell.device_parameters.get("memory_limit_bytes")
-    return int(asked) if asked else plan.memory_limit_bytes
+    return int(asked) if asked else otherwise_bytes
 
 
 def request_for(cell: Cell, plan: Plan) -> MeasureRequest:
     """What a worker is asked for a cell: every measure of the plan."""
+    request = measure_request(cell, plan.measures, plan.memory_limit_bytes)
+    return request.model_copy(update={"peaks": plan.environment.peaks.get(cell.device)})
+
+
+def measure_request(cell: Cell, measures: dict[str, Measure], memory_limit_bytes: int) -> MeasureRequest:
+    """The same without a plan: the device's own threads and memory limit come first."""
     return MeasureRequest(
         cell=cell,
-        measures=plan.measures,
+        measures=measures,
         threads=int(cell.device_parameters.get("threads") or default_threads()),
-        memory_limit_bytes=memory_limit(cell, plan) if cell.device == "cpu" else None,
-        peaks=plan.environment.peaks.get(cell.device),
+        memory_limit_bytes=_memory_limit(cell, memory_limit_bytes) if cell.device == "cpu" else None,
     )

@@ -11,9 +11,11 @@ from typing import Any
 from linbench.cell import Cell
 from linbench.gate.statistics import Block, Side, order
 from linbench.gate.trees import Tree
-from linbench.protocol import Measure, MeasureRequest, Outcome
+from linbench.protocol import Measure, Outcome
 from linbench.record import MEASURED, Status
+from linbench.sweep import measure_request
 
+SIDES: tuple[Side, Side] = ("base", "head")
 STARTING_S = 60.0
 """For a process to import everything."""
 
@@ -42,7 +44,6 @@ class Session:
     base: Tree
     head: Tree
     measures: dict[str, Measure]
-    threads: int
     memory_limit_bytes: int
     time_limit_s: float
     seed: int
@@ -86,23 +87,17 @@ class Session:
         return medians
 
     def _request(self, cell: Cell) -> dict[str, Any]:
-        request = MeasureRequest(
-            cell=cell,
-            measures=self.measures,
-            threads=int(cell.device_parameters.get("threads") or self.threads),
-            memory_limit_bytes=self.memory_limit_bytes if cell.device == "cpu" else None,
-        )
+        request = measure_request(cell, self.measures, self.memory_limit_bytes)
         plain = request.model_dump(mode="json", by_alias=True, exclude_none=True)
         return {"kind": "measure", "request": plain, "limit_s": self.time_limit_s}
 
     @staticmethod
     def _add(one: Watched, found: dict[Side, list[dict[str, float | None]]], kind: str) -> None:
-        base, head = ([process.get(one.cell.key) for process in found[side]] for side in ("base", "head"))
-        if any(value is None for value in (*base, *head)):
+        (first, second), (third, fourth) = ([process.get(one.cell.key) for process in found[side]] for side in SIDES)
+        if first is None or second is None or third is None or fourth is None:
             one.dropped += not one.failures
             return
-        block = Block((base[0] or 0.0, base[1] or 0.0), (head[0] or 0.0, head[1] or 0.0))
-        getattr(one, kind).append(block)
+        getattr(one, kind).append(Block((first, second), (third, fourth)))
 
 
 def _median_ms(outcome: Outcome) -> float | None:

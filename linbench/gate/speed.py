@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -29,6 +29,7 @@ from linbench.gate.statistics import (
 from linbench.gate.trees import Tree, UnusableError, two_trees
 from linbench.protocol import ForeseeRequest, Measure
 from linbench.stats import Estimate
+from linbench.sweep import MEMORY_SHARE
 
 FLOOR_BLOCKS, FIRST_BLOCKS, FURTHER_BLOCKS, AGAIN_BLOCKS = 3, 6, 3, 6
 MOST_BLOCKS = 24
@@ -39,7 +40,6 @@ WORST_FLOOR = 0.5
 """A machine that makes more than this of identical code cannot tell anything."""
 MEMORY_GROWTH, MEMORY_SLACK_BYTES = 1.05, 2**20
 """Peak memory beyond which head is larger."""
-MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def gate(cells: Sequence[Cell], measures: dict[str, Measure], time_limit_s: floa
             touched = list(cells) if asked.everything else touched_cells(cells, measures, base, head)
             result.untouched = [cell for cell in cells if cell not in touched]
             limit = int(available_memory_bytes() * MEMORY_SHARE)
-            session = Session(base, head, measures, default_threads(), limit, time_limit_s, asked.seed)
+            session = Session(base, head, measures, limit, time_limit_s, asked.seed)
             watched = [Watched(cell) for cell in touched]
             result.findings = compare(session, watched, asked, started + asked.budget_s)
             result.processes = session.spent_processes
@@ -187,22 +187,21 @@ def _finding(one: Watched, threshold: float, level: float) -> Finding:
         reason = "too few blocks were undisturbed by other processes"
         return Finding(one.cell, Verdict.INVALID, reason, blocks=len(one.blocks), dropped=one.dropped)
     seen = floor(one.floor_blocks, one.blocks)
-    larger, _ = smaller_p(one.blocks)
-    told = {
-        "ratio": interval(one.blocks),
-        "smallest": ratio(one.blocks),
-        "p_slower": larger,
-        "floor": seen,
-        "blocks": len(one.blocks),
-        "dropped": one.dropped,
-    }
+    finding = Finding(
+        one.cell,
+        decided(one.blocks, max(threshold, seen), level),
+        ratio=interval(one.blocks),
+        smallest=ratio(one.blocks),
+        p_slower=smaller_p(one.blocks)[0],
+        floor=seen,
+        blocks=len(one.blocks),
+        dropped=one.dropped,
+    )
     if growth := _growth(one):
-        return Finding(one.cell, Verdict.WRONG, growth, **told)  # type: ignore[arg-type]
+        return replace(finding, verdict=Verdict.WRONG, reason=growth)
     if seen > WORST_FLOOR:
-        reason = f"base differs from itself by {seen:.0%}"
-        return Finding(one.cell, Verdict.INVALID, reason, **told)  # type: ignore[arg-type]
-    verdict = decided(one.blocks, max(threshold, seen), level)
-    return Finding(one.cell, verdict, **told)  # type: ignore[arg-type]
+        return replace(finding, verdict=Verdict.INVALID, reason=f"base differs from itself by {seen:.0%}")
+    return finding
 
 
 def _growth(one: Watched) -> str:
@@ -218,5 +217,4 @@ def _confirmed(one: Watched, finding: Finding, threshold: float) -> Finding:
     limit = max(threshold, finding.floor or 0.0)
     if one.again and decided(one.again, limit, LEVEL) is Verdict.SLOWER:
         return finding
-    told = {key: value for key, value in vars(finding).items() if key not in ("verdict", "reason")}
-    return Finding(verdict=Verdict.UNDECIDED, reason="slower among the others, not alone", **told)
+    return replace(finding, verdict=Verdict.UNDECIDED, reason="slower among the others, not alone")

@@ -83,6 +83,12 @@ def p_value(blocks: Sequence[Block], quantile: float = 0.0) -> tuple[float, floa
     Exact, by all 6^n arrangements of the labels within n blocks, up to ``EXACT_DRAWS``; beyond, by as many draws and
     the arrangement that was observed.
     """
+    return _p_value(tuple(blocks), quantile)
+
+
+@lru_cache(maxsize=1024)
+def _p_value(blocks: tuple[Block, ...], quantile: float) -> tuple[float, float]:
+    """Kept: control over cells, decision and table ask for the same."""
     logs = np.log(np.array([[*block.base, *block.head] for block in blocks]))
     base = np.array([[row[list(choice)] for choice in _CHOICES] for row in logs])
     head = np.array([[np.delete(row, list(choice)) for choice in _CHOICES] for row in logs])

@@ -86,12 +86,6 @@ def two_trees(repository: Path, base: str, head: str | None) -> Iterator[tuple[T
         )
 
 
-def changed_files(repository: Path, base: str, head: str | None) -> list[str]:
-    """What differs between the two, as paths from the top of the repository."""
-    words = [base] if head is None else [base, head]
-    return _git(repository, "diff", "--name-only", *words, "--").splitlines()
-
-
 def _worktree(top: Path, reference: str, folder: Path, stack: contextlib.ExitStack) -> Path:
     commit = _git(top, "rev-parse", "--verify", f"{reference}^{{commit}}")
     _git(top, "worktree", "add", "--detach", "--quiet", str(folder), commit)
