@@ -67,6 +67,8 @@ def _dispatch(argv: list[str]) -> int:
         "advise": advise,
         "export": export,
         "gate": gate,
+        "history": history,
+        "bisect": bisect,
         "list": list_choices,
         "doctor": doctor,
     }
@@ -220,6 +222,20 @@ def capture(argv: list[str]) -> int:
 def gate(argv: list[str]) -> int:
     """Two versions of the code → is one slower?"""
     from linbench.gate.command import run
+
+    return run(argv)
+
+
+def history(argv: list[str]) -> int:
+    """Records of many commits → where a metric moved, and why."""
+    from linbench.history.command import run
+
+    return run(argv)
+
+
+def bisect(argv: list[str]) -> int:
+    """Two commits and a sweep → the commit that made it slower."""
+    from linbench.gate.bisect import run
 
     return run(argv)
 

@@ -181,22 +181,34 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
 
     Every record has its rounds: those that were made after it, of the same cell, by the same code.
     """
-    runs: list[Run] = []
+    runs, records = read_history(paths)
+    machines = {run.run: run.environment.machine for run in runs}
     newest: dict[tuple[str, str], Record] = {}
+    for record in records:
+        key = (machines[record.run], record.cell.key)
+        newest.pop(key, None)  # so that the newest stands last
+        newest[key] = record
+    return runs, list(newest.values())
+
+
+def read_history(paths: Iterable[Path]) -> tuple[list[Run], list[Record]]:
+    """As :func:`read_all`, but with every record of a cell that there is."""
+    runs: list[Run] = []
+    every: list[Record] = []
+    owners: dict[tuple[str, str], list[Record]] = {}
     rounds: list[tuple[str, Round]] = []
     contents = sorted((read(path) for path in paths), key=lambda contents: contents.run.time)
     for run, records, again, _ in contents:
         runs.append(run)
+        every += records
         for record in records:
-            key = (run.environment.machine, record.cell.key)
-            newest.pop(key, None)  # so that the newest stands last
-            newest[key] = record
+            owners.setdefault((run.environment.machine, record.cell.key), []).append(record)
         rounds += [(run.environment.machine, one) for one in again]
     for machine, one in rounds:
-        owner = newest.get((machine, one.cell_key))
-        if owner is not None and owner.code == one.code and one.time >= owner.time:
-            owner.rounds.append(one)
-    return runs, list(newest.values())
+        earlier = [record for record in owners.get((machine, one.cell_key), []) if record.time <= one.time]
+        if earlier and earlier[-1].code == one.code:
+            earlier[-1].rounds.append(one)
+    return runs, every
 
 
 def read_frontiers(paths: Iterable[Path]) -> list[Frontier]:

@@ -18,6 +18,8 @@ VERBS = {
     "advise": "say which mechanism to take, from records: linbench advise --length 8192 --causal --max-error 0.1",
     "export": "write records for other tools: linbench export results/ --output cells.csv",
     "gate": "say whether a change is slower, wrong or costlier: linbench gate speed --base main +sweep=gate",
+    "history": "say where a metric moved over commits, and what moved it: linbench history RECORDS",
+    "bisect": "find the commit that made a cell slower or wrong: linbench bisect --good v1 --bad main +sweep=gate",
     "list": "show mechanisms, inputs, sweeps, measures and devices",
     "doctor": "say whether this machine is fit to measure",
 }

@@ -41,6 +41,7 @@ MAY_NOT_IMPORT = {
     "inputs": ["linbench.store", "linbench.report", "linbench.runner", "linbench.worker", "linbench.measure"],
     "mechanisms": ["linbench.store", "linbench.report", "linbench.runner", "linbench.worker", "linbench.measure"],
     "roofline": ["torch", "linbench.worker", "linbench.plan", "linbench.report", "linbench.measure"],
+    "history": ["torch", "linbench.runner", "linbench.registry", "linbench.worker", "linbench.measure"],
     "doctor": ["torch", "linbench.worker", "linbench.registry", "linbench.mechanisms", "linbench.measure"],
     "report": ["torch", "linbench.runner", "linbench.registry", "linbench.worker", "linbench.store"],
 }

@@ -74,22 +74,22 @@ def two_trees(repository: Path, base: str, head: str | None) -> Iterator[tuple[T
         UsageError: no git repository, or no such commit.
         UnusableError: a tree cannot be built.
     """
-    top = Path(_git(repository, "rev-parse", "--show-toplevel"))
+    top = Path(git_answer(repository, "rev-parse", "--show-toplevel"))
     with tempfile.TemporaryDirectory(prefix="linbench-gate-") as away, contextlib.ExitStack() as stack:
         first = _worktree(top, base, Path(away) / "base", stack)
         second = top if head is None else _worktree(top, head, Path(away) / "head", stack)
         same = _environment(first) == _environment(second)
         python = sys.executable if same else _built(first, Path(away) / "environment")
         yield (
-            Tree("base", _git(first, "rev-parse", "HEAD"), first, python),
-            Tree("head", _git(second, "rev-parse", "HEAD"), second, sys.executable),
+            Tree("base", git_answer(first, "rev-parse", "HEAD"), first, python),
+            Tree("head", git_answer(second, "rev-parse", "HEAD"), second, sys.executable),
         )
 
 
 def _worktree(top: Path, reference: str, folder: Path, stack: contextlib.ExitStack) -> Path:
-    commit = _git(top, "rev-parse", "--verify", f"{reference}^{{commit}}")
-    _git(top, "worktree", "add", "--detach", "--quiet", str(folder), commit)
-    stack.callback(_git, top, "worktree", "remove", "--force", str(folder))
+    commit = git_answer(top, "rev-parse", "--verify", f"{reference}^{{commit}}")
+    git_answer(top, "worktree", "add", "--detach", "--quiet", str(folder), commit)
+    stack.callback(git_answer, top, "worktree", "remove", "--force", str(folder))
     return folder
 
 
@@ -114,9 +114,17 @@ def _built(folder: Path, environment: Path) -> str:
     return python
 
 
-def _git(folder: Path, *words: str) -> str:
+def git_answer(folder: Path, *words: str, fails_at_end: bool = False) -> str:
+    """What git prints.
+
+    Args:
+        fails_at_end: a failure whose words are on its output is an answer: the last step of a bisection that skipped.
+
+    Raises:
+        UsageError: it failed; with its last words.
+    """
     done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode and not (fails_at_end and done.stdout.strip()):
         lines = done.stderr.strip().splitlines()
         raise UsageError(f"gate: git {' '.join(words[:2])}: {lines[-1] if lines else 'failed'}")
     return done.stdout.strip()
