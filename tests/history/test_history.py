@@ -90,7 +90,7 @@ def record(night, mechanism, took, code):
 
 @pytest.fixture
 def nights(tmp_path, monkeypatch):
-    """Writes a file for every night; ``factors`` of linear and softmax, ``code`` and the rest say what is other from the change on."""
+    """Writes a file for every night; the arguments say what is other from the change on, of linear and softmax."""
     monkeypatch.chdir(tmp_path)
 
     def write(factors=(1.0, 1.0), code=True, softmax_code=False, baseline=True, machine=None, **how):
