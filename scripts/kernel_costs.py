@@ -41,6 +41,7 @@ FAMILIES = (
     "features",
     "second_order",
     "window",
+    "exact",
     "log_linear",
     "selective_scan",
     "wkv",

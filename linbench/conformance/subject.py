@@ -102,7 +102,9 @@ class Subject:
     @property
     def unavailable(self) -> str | None:
         """Why no kernel of this implementation can run here in this form; None when one can, or it is no kernel."""
-        return fused.unavailable(self.device, self.causal) if self.implementation == fused.NAME else None
+        if self.implementation != fused.NAME:
+            return None
+        return fused.unavailable(self.device, self.causal, self.cls.kernel_forms)
 
     def sizes(self) -> list[Size]:
         """Odd sizes, all different; N = 1 and no multiple of any chunk among them. In the nearest supported shape."""

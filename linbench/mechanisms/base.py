@@ -88,6 +88,8 @@ class Mechanism(torch.nn.Module, ABC):
     claims: ClassVar[Claims] = Claims()
     sequential_reference: ClassVar[bool] = False
     """The reference walks the tokens one by one, so that a plan has to allow for it."""
+    kernel_forms: ClassVar[tuple[bool, ...]] = (True,)
+    """The values of ``causal`` that the implementation ``triton`` has, where there is one."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -208,7 +210,7 @@ class Mechanism(torch.nn.Module, ABC):
         """Why this mechanism cannot run ``cell``, in one clause, or None when it can."""
         if cell.causal not in self.description.causal_forms:
             return f"{cell.mechanism} has no {'causal' if cell.causal else 'non-causal'} form"
-        return fused.unsupported(cell) if cell.implementation == fused.NAME else None
+        return fused.unsupported(cell, self.kernel_forms) if cell.implementation == fused.NAME else None
 
     @abstractmethod
     def flops(self, cell: Cell) -> int:

@@ -17,9 +17,13 @@ from linbench.errors import UsageError
 NAME = "triton"
 
 
-def unavailable(device: str, causal: bool = True) -> str | None:
-    """Why no kernel can run in that form on that device of this machine, in one clause; None when one can."""
-    if not causal:
+def unavailable(device: str, causal: bool = True, forms: tuple[bool, ...] = (True,)) -> str | None:
+    """Why no kernel can run in that form on that device of this machine, in one clause; None when one can.
+
+    Args:
+        forms: the values of ``causal`` that the kernels have.
+    """
+    if causal not in forms:
         return "the triton kernels have the causal form only"
     try:
         from linbench_kernels.device import unavailable as reason
@@ -38,9 +42,9 @@ def require(device: str, causal: bool = True) -> None:
         raise UsageError(reason)
 
 
-def unsupported(cell: Cell) -> str | None:
+def unsupported(cell: Cell, forms: tuple[bool, ...] = (True,)) -> str | None:
     """:func:`unavailable` for a cell; its widths belong to it."""
-    reason = unavailable(cell.device, cell.causal)
+    reason = unavailable(cell.device, cell.causal, forms)
     if reason is None:
         from linbench_kernels.additive.configs import WIDEST
 

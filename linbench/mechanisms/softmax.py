@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linbench.cell import Cell
 from linbench.errors import UsageError
+from linbench.mechanisms import fused
 from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
 from linbench.mechanisms.claims import Claims, ExactLimit
 from linbench.mechanisms.cores.cache import Cache
@@ -23,7 +24,8 @@ class Softmax(Mechanism):
     no key (N_k < N) gives zeros.
 
     Implementations: ``torch`` is torch's fused attention with the fastest backend that it picks; ``math`` is the same
-    call with the backend that stores the N×N probabilities.
+    call with the backend that stores the N×N probabilities; ``triton`` is a kernel of ours, made as those of the other
+    mechanisms are, so that generated code is compared with generated code.
     """
 
     description = Description(
@@ -37,6 +39,7 @@ class Softmax(Mechanism):
         memory="N",
     )
     claims: ClassVar[Claims] = Claims(row_stochastic=True, permutation_equivariant=True, duplication_invariant=True)
+    kernel_forms: ClassVar[tuple[bool, ...]] = (False, True)
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -63,6 +66,13 @@ class Softmax(Mechanism):
         """The same with the backend that stores the probabilities."""
         with sdpa_kernel(SDPBackend.MATH):
             return self.forward_torch(q, k, v)
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Tiles of logits in registers, in both forms and with any number of keys."""
+        fused.require(q.device.type)
+        from linbench_kernels.exact import attention
+
+        return attention(q, k, v, causal=self.causal)
 
     @classmethod
     def exact_limit(cls, length: int) -> ExactLimit:
