@@ -58,11 +58,14 @@ def main() -> int:
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--width", nargs="+", type=int, help="D and M (default: 64, 128, 256)")
     parser.add_argument("--dtype", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    parser.add_argument("--form", choices=["all", "dense"], default="all", help="how calls come; dense: no other")
     parser.add_argument("--json", type=Path, help="write the objects there, and nothing to results/ without --reason")
     parser.add_argument("--reason", help="why the table changes, kept in the rows whose budgets do")
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--choose", action="store_true", help="write linbench_kernels/tuned/sm_90.json, by binaries")
     options = parser.parse_args()
+    if options.form != "all" and (options.reason or not (options.json or options.check)):
+        parser.error("--form dense is for --check and --json: the table has all forms")
     if options.choose:
         print(choose.write("sm_90"))
         return 0
@@ -77,7 +80,7 @@ def main() -> int:
     rows, failed = [], []
     for cell in cells:
         try:
-            for row in costs(*cell):
+            for row in costs(*cell, options.form):
                 rows.append(row)
                 print(table.line(row), flush=True)
         except Exception as error:  # whatever Triton or an assembler raises; the other families are still wanted
@@ -93,10 +96,11 @@ def main() -> int:
     return int(bool(broken or failed))
 
 
-def costs(family: str, arch: str, dtype: str, width: int) -> Iterator[dict[str, Any]]:
+def costs(family: str, arch: str, dtype: str, width: int, form: str = "all") -> Iterator[dict[str, Any]]:
     """One object for every binary that the mechanisms of a family launch at D = M = ``width``."""
     module = importlib.import_module(f"kernel_binaries.{family}")
-    for row in module.costs(arch, dtype, width):
+    limited = {"forms": ()} if form == "dense" and hasattr(module, "FORMS") else {}
+    for row in module.costs(arch, dtype, width, **limited):
         yield {"family": family, **row, "over_budget": over_budget(row)}
 
 

@@ -15,6 +15,8 @@ Row = dict[str, Any]
 Key = tuple[Any, ...]
 COORDINATES = ("triton", "arch", "family", "kernel", "pass", "dtype", "key_dim", "value_dim")
 """What names a binary, beside its mechanisms. Its tile does not: another one is held against the last."""
+DENSE = "dense"
+"""How calls come where a row does not say it; a ``form`` is a coordinate, too."""
 LONGER_LOOP = 1.05
 """Instructions of the longest loop may grow by this: assemblers shuffle a few."""
 
@@ -182,14 +184,14 @@ def _keyed(rows: Iterable[Row]) -> dict[Key, Row]:
     seen: Counter[Key] = Counter()
     found = {}
     for row in rows:
-        key = (*(row[name] for name in COORDINATES), *row["mechanisms"])
+        key = (*(row[name] for name in COORDINATES), row.get("form", DENSE), *row["mechanisms"])
         found[*key, seen[key]] = row
         seen[key] += 1
     return found
 
 
 def _cell(row: Row) -> Key:
-    return tuple(row[name] for name in ("triton", "arch", "family", "dtype", "key_dim"))
+    return (*(row[name] for name in ("triton", "arch", "family", "dtype", "key_dim")), row.get("form", DENSE))
 
 
 def _number(value: float | None) -> str:

@@ -20,7 +20,7 @@ from linbench.verbs import Parser
 
 SCRIPT, TABLE = Path("scripts") / "kernel_costs.py", Path("results") / "kernel_costs.json"
 PASSED, WORSE, INVALID = 0, 1, 4
-SCOPES = ("arch", "family", "width", "dtype")
+SCOPES = ("arch", "family", "width", "dtype", "form")
 ABOUT = """Compile every kernel's default configuration ahead of time and hold it against results/kernel_costs.json."""
 
 

@@ -63,10 +63,10 @@ VARIANTS = (
 )
 
 
-def costs(arch: str, dtype: str, width: int) -> Iterator[dict[str, Any]]:
-    """One object for every binary that the variants launch at D = M = ``width``."""
+def costs(arch: str, dtype: str, width: int, forms: tuple[Form, ...] = FORMS) -> Iterator[dict[str, Any]]:
+    """One object for every binary that the variants launch at D = M = ``width``, densely and in ``forms``."""
     budgeted = arch == "sm_90" and dtype == "bfloat16" and width <= WIDEST
-    for form in (DENSE, *FORMS) if budgeted else (DENSE,):
+    for form in (DENSE, *forms) if budgeted else (DENSE,):
         asked = (one for variant in VARIANTS for one in calls(DTYPES[dtype], width, variant, form))
         yield from rows.costs(arch, dtype, width, asked, form.name, form.multiprocessors)
 
