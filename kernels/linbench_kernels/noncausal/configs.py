@@ -53,7 +53,7 @@ def config(task: Task) -> Config:
         )
     columns = min(whole, max(16, 2**14 // task.features))
     if task.kernel in ("queries", "keys"):
-        columns = min(columns, 64)
+        columns = min(columns, 64 if task.features <= 128 else 32)
     if task.value == "layer_norm" and task.kernel in ("sums", "keys"):
         columns = whole  # the norm of a row needs all of it
     return Config(chunk=64 if task.features <= 128 else 32, columns=columns, warps=8, stages=2)

@@ -14,7 +14,7 @@
 import triton
 import triton.language as tl
 
-from linbench_kernels.features.maps import LOWEST, softmax, turns, unit_rows
+from linbench_kernels.features.maps import LOWEST, turns, unit_rows
 
 EPSILON = tl.constexpr(1e-5)
 """Added to the variance of a layer norm."""
@@ -24,6 +24,13 @@ EPSILON = tl.constexpr(1e-5)
 def inside(row, length, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Which entries of a tile belong to the tensor."""
     return (row + tl.arange(0, ROWS) < length)[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
+
+
+@triton.jit
+def softmax(y):
+    """Over the columns."""
+    powers = tl.exp(y - tl.max(y, 1)[:, None])
+    return powers / tl.sum(powers, 1)[:, None]
 
 
 @triton.jit

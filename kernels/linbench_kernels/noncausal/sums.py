@@ -81,6 +81,9 @@ def sums_kernel(
             y, _ = layer_norm(y.to(ACC), inside(row, length, CHUNK, COLUMNS, M), M)
         if weights is not None:
             y = y.to(ACC) * load_numbers(weights + number, row, length, CHUNK, ACC)[:, None]
+        elif VALUE == "identity":
+            # what was loaded itself would be multiplied while the next features are made in the registers of these
+            y = tl.where((row + tl.arange(0, CHUNK) < length)[:, None], y, 0.0)
         written = operand(y, OPERAND)
         values += tl.sum(y.to(ACC), 0)
         if ones is not None:
