@@ -42,6 +42,7 @@ FAMILIES = (
     "second_order",
     "window",
     "exact",
+    "noncausal",
     "log_linear",
     "selective_scan",
     "wkv",

@@ -39,6 +39,7 @@ class CosFormer(AdditiveState):
         time="N",
         memory="N",
     )
+    kernel_forms: ClassVar[tuple[bool, ...]] = (False, True)
 
     def __init__(self, geometry: Geometry, max_length: Annotated[int, Field(ge=1)] | None = None) -> None:
         super().__init__(geometry, 2 * geometry.key_dim)
@@ -88,8 +89,11 @@ class CosFormer(AdditiveState):
         return self.turned(positions, self.horizon(queries, keys), q.new_empty(0, dtype=compute_dtype(q)))
 
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Fused, the causal form: one kernel forward, two backward; features are never written."""
-        return self.fused_features(q, k, v, "turned", horizon=self.horizon(q.shape[-2], k.shape[-2]))
+        """Fused: one kernel forward and two backward; without a mask two passes and four. φ is never written."""
+        horizon = self.horizon(q.shape[-2], k.shape[-2])
+        if not self.causal:
+            return self.fused_sums(q, k, v, "turned", horizon=horizon)
+        return self.fused_features(q, k, v, "turned", horizon=horizon)
 
     def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
         """The forward, which has the state at its end."""

@@ -21,6 +21,7 @@ from linbench.mechanisms.cores.segments import State, recurrent
 from linbench.mechanisms.cores.slabs import CHUNK
 from linbench.mechanisms.cores.streams import Keys, Queries, pool, read
 from linbench.mechanisms.cores.token_softmax import TokenSoftmax
+from linbench.mechanisms.fused import require
 
 ELEMENTS = 2**16
 """Tokens times channels of a run in which sums over the past are made."""
@@ -55,6 +56,7 @@ class Efficient(Mechanism):
     )
     claims: ClassVar[Claims] = Claims(row_stochastic=True, permutation_equivariant=True, duplication_invariant=True)
     sequential_reference: ClassVar[bool] = True
+    kernel_forms: ClassVar[tuple[bool, ...]] = (False,)
 
     def __init__(self, geometry: Geometry, normalization: Literal["softmax", "scaling"] = "softmax") -> None:
         super().__init__(geometry)
@@ -87,6 +89,22 @@ class Efficient(Mechanism):
             return read(lambda tokens, shared: Queries(*tokens), (q,), products, dtype=v.dtype)
         out: Tensor = TokenSoftmax.apply(*(x.flatten(0, 1) for x in (q, k, v)))  # type: ignore[no-untyped-call]
         return out.view(*q.shape[:2], *out.shape[1:])
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused, without a mask: an online softmax over the tokens in the pass over the keys, then one over queries.
+
+        Raises:
+            UsageError: the kernels cannot run here, or have no such form.
+        """
+        self._check(q, k)
+        require(q.device.type, self.causal, self.kernel_forms)
+        from linbench_kernels.noncausal import pool as pool_sums
+        from linbench_kernels.noncausal import read as read_sums
+
+        if self.scaling:
+            return read_sums(q, pool_sums(k, v) / k.shape[-2], normalised=False)
+        sums = pool_sums(k, v, feature="exponential")
+        return read_sums(q, sums / sums[..., -1:], feature="softmax", normalised=False)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.scaling:

@@ -24,7 +24,7 @@ def unavailable(device: str, causal: bool = True, forms: tuple[bool, ...] = (Tru
         forms: the values of ``causal`` that the kernels have.
     """
     if causal not in forms:
-        return "the triton kernels have the causal form only"
+        return f"the triton kernels have the {'non-causal' if causal else 'causal'} form only"
     try:
         from linbench_kernels.device import unavailable as reason
     except ImportError as error:
@@ -32,13 +32,13 @@ def unavailable(device: str, causal: bool = True, forms: tuple[bool, ...] = (Tru
     return reason(device)
 
 
-def require(device: str, causal: bool = True) -> None:
+def require(device: str, causal: bool = True, forms: tuple[bool, ...] = (True,)) -> None:
     """Nothing where a kernel can run.
 
     Raises:
         UsageError: none can, with the reason of :func:`unavailable`.
     """
-    if (reason := unavailable(device, causal)) is not None:
+    if (reason := unavailable(device, causal, forms)) is not None:
         raise UsageError(reason)
 
 

@@ -9,12 +9,16 @@ from pydantic import Field
 from torch import Tensor
 
 from linbench.cell import Cell
+from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Geometry
 from linbench.mechanisms.claims import Claims
 from linbench.mechanisms.cores.additive import chosen
 from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.layer_normed import pool, read
 from linbench.mechanisms.cores.mesh import Affine, MeshAttention
+from linbench.mechanisms.fused import NAME, require
+
+WITHOUT_COORDINATES = "the triton kernels have no coordinates"
 
 
 class LayerNormed(MeshAttention):
@@ -26,6 +30,7 @@ class LayerNormed(MeshAttention):
             its M by :attr:`coordinate_map`, zero at the start, and the rest of that map belongs to the layer.
     """
 
+    kernel_forms: ClassVar[tuple[bool, ...]] = (False,)
     norms_queries: ClassVar[bool]
     """Beside the keys; else the values."""
 
@@ -75,9 +80,46 @@ class LayerNormed(MeshAttention):
             added, products = bias[:, None] @ products, weight[..., None] * products
         return read(q, query_points, products.contiguous(), added, v.dtype)
 
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        """Fused, without coordinates: norms in the two passes, their weights and biases on the sums in between.
+
+        Raises:
+            UsageError: the kernels cannot run here, or have no such form.
+        """
+        if self.coordinates:
+            raise UsageError(WITHOUT_COORDINATES)
+        self.points(q, k, extras)
+        require(q.device.type, self.causal, self.kernel_forms)
+        from linbench_kernels.noncausal import pool as pool_sums
+        from linbench_kernels.noncausal import read as read_sums
+
+        value = "identity" if self.value_norm is None else "layer_norm"
+        sums = _of_rows(pool_sums(k, v, feature="layer_norm", value=value), self.key_norm) / k.shape[-2]
+        if self.value_norm is not None:
+            sums = _of_rows(sums.mT, self.value_norm).mT
+        if self.query_norm is None:
+            return read_sums(q, sums, normalised=False)
+        weight, bias = self.query_norm.padded(0, sums.dtype)
+        rows = sums[..., :-1, :]
+        sums = torch.cat((weight[..., None] * rows, bias[:, None] @ rows), -2)
+        return read_sums(q, sums, feature="layer_norm", constant=True, normalised=False)
+
+    def unsupported(self, cell: Cell) -> str | None:
+        """Also coordinates, where kernels are asked for."""
+        if cell.implementation == NAME and self.coordinates:
+            return WITHOUT_COORDINATES
+        return super().unsupported(cell)
+
     def widths(self, cell: Cell) -> tuple[int, int]:
         """With the coordinates."""
         return cell.head_dim + self.coordinates, cell.value_dim + self.coordinates
+
+
+def _of_rows(sums: Tensor, norm: Affine) -> Tensor:
+    """``[B, H, F + 1, ·]`` of what was normalised: with its weight and bias, of which the last row has the sums."""
+    weight, bias = norm.padded(0, sums.dtype)
+    rows, last = sums[..., :-1, :], sums[..., -1:, :]
+    return torch.cat((weight[..., None] * rows + bias[..., None] * last, last), -2)
 
 
 class Galerkin(LayerNormed):

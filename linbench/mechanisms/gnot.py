@@ -13,8 +13,10 @@ from linbench.errors import UsageError
 from linbench.mechanisms.base import Description, Geometry, Mechanism, streaming_bytes
 from linbench.mechanisms.claims import Claims
 from linbench.mechanisms.cores.additive import chosen
+from linbench.mechanisms.cores.chunked import compute_dtype
 from linbench.mechanisms.cores.streams import Keys, Queries, pool, read
 from linbench.mechanisms.cores.walks import Parts
+from linbench.mechanisms.fused import require
 
 
 class GNOT(Mechanism):
@@ -43,6 +45,7 @@ class GNOT(Mechanism):
         year=2023,
     )
     claims: ClassVar[Claims] = Claims(row_stochastic=True, permutation_equivariant=True, duplication_invariant=True)
+    kernel_forms: ClassVar[tuple[bool, ...]] = (False,)
 
     def __init__(self, geometry: Geometry, sources: Annotated[int, Field(ge=1)] = 1, residual: bool = False) -> None:
         super().__init__(geometry)
@@ -80,6 +83,26 @@ class GNOT(Mechanism):
             masses.append(mass.log().masked_fill(empty, -torch.inf))
         products, shared = torch.cat(means, 2) / self.sources, torch.stack(masses, 2)
         return read(self._queries, (q,), products, (shared,), dtype=v.dtype)
+
+    def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused: a pass over the keys of each source, and one over the queries for each.
+
+        Raises:
+            UsageError: the kernels cannot run here, or have no such form.
+        """
+        self._check(k)
+        require(q.device.type, self.causal, self.kernel_forms)
+        from linbench_kernels.noncausal import pool as pool_sums
+        from linbench_kernels.noncausal import read as read_sums
+
+        rows = []
+        for source in self.runs(k.shape[2]):
+            sums = pool_sums(k[:, :, source], v[:, :, source], feature="softmax")
+            rows.append(read_sums(q, sums, feature="softmax"))
+        out = rows[0]
+        if len(rows) > 1:
+            out = torch.stack(rows).mean(0, dtype=compute_dtype(v)).to(v.dtype)
+        return out + q.softmax(-1) if self.residual else out
 
     def _queries(self, tokens: Parts, shared: Parts) -> Queries:
         (q,), (masses,) = tokens, shared

@@ -32,6 +32,7 @@ class Linear(AdditiveState):
         memory="N",
     )
     claims: ClassVar[Claims] = Claims(row_stochastic=True, permutation_equivariant=True, duplication_invariant=True)
+    kernel_forms: ClassVar[tuple[bool, ...]] = (False, True)
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry, geometry.key_dim)
@@ -41,7 +42,9 @@ class Linear(AdditiveState):
         return EluPlusOne()
 
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Fused, the causal form: one kernel forward, two backward; features are never written."""
+        """Fused: one kernel forward and two backward; without a mask two passes and four. φ is never written."""
+        if not self.causal:
+            return self.fused_sums(q, k, v, "elu_plus_one")
         return self.fused(q, k, v, "elu_plus_one")
 
     def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Checkpoint]:

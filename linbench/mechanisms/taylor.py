@@ -44,6 +44,7 @@ class Taylor(AdditiveState):
         duplication_invariant=True,
         converges=Convergence("sharpness", (1.0, 0.5, 0.1, 0.01)),
     )
+    kernel_forms: ClassVar[tuple[bool, ...]] = (False, True)
 
     def __init__(self, geometry: Geometry, sharpness: Annotated[float, Field(gt=0, le=1)] = 1.0) -> None:
         super().__init__(geometry, geometry.key_dim + 1)
@@ -54,7 +55,9 @@ class Taylor(AdditiveState):
         return UnitAndOne(self.sharpness)
 
     def forward_triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Fused, the causal form: one kernel forward, two backward; unit vectors are never written."""
+        """Fused: one kernel forward and two backward; without a mask two passes and four. φ is never written."""
+        if not self.causal:
+            return self.fused_sums(q, k, v, "unit", sharpness=self.sharpness)
         return self.fused_features(q, k, v, **self.kernel_map(q))
 
     def prefill_triton(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Checkpoint]:

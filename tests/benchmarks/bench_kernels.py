@@ -19,7 +19,7 @@ MECHANISMS = [name for name in sorted(registry.BUILT_IN) if fused.NAME in regist
 @pytest.mark.parametrize("pass_", ["forward", "forward_backward", "decode"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def bench_kernels(mechanism: str, pass_: str, length: int, timed: Callable[[Cell], None]) -> None:
-    causal = True in registry.load(mechanism).description.causal_forms
+    causal = True in registry.load(mechanism).kernel_forms
     cell = Cell.model_validate(
         {"mechanism": mechanism, "implementation": fused.NAME, "length": length, "batch": 8, "heads": 16}
         | {"dtype": "bfloat16", "causal": causal, "pass": pass_, "device": "cuda"}

@@ -34,9 +34,11 @@ def test_a_cell_is_unsupported_with_the_reason(name: str) -> None:
     assert registry.of_cell(plain).unsupported(plain) is None
 
 
-def test_the_form_without_a_mask_has_no_kernel() -> None:
-    asked = cell("linear", causal=False)
+def test_a_form_without_a_kernel_is_refused() -> None:
+    asked = cell("performer", causal=False)
     assert registry.of_cell(asked).unsupported(asked) == "the triton kernels have the causal form only"
+    asked = cell("efficient")
+    assert registry.of_cell(asked).unsupported(asked) == "the triton kernels have the non-causal form only"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -147,6 +147,32 @@ class AdditiveState(Mechanism):
         decay = self._kernel_decays[numbers]
         return {"log_decay": decay, "scale": self.scale, "feature": feature, "normalised": self.normalised}
 
+    def fused_sums(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        feature: str,
+        *,
+        sharpness: float | None = None,
+        horizon: int | None = None,
+    ) -> Tensor:
+        """The form without a mask of what the kernels have by that name: a pass over the keys, one over the queries.
+
+        With ``sharpness`` t the weights are 1 + t φ(q)·φ(k).
+
+        Raises:
+            UsageError: they cannot run here.
+        """
+        self.check(q, k)
+        require(q.device.type, self.causal, (False,))
+        from linbench_kernels.noncausal import pool, read
+
+        sums = pool(k, v, feature=feature, horizon=horizon)
+        if sharpness is not None:
+            sums = torch.cat((sums[..., :-1, :] * sharpness, sums[..., -1:, :]), -2)
+        return read(q, sums, feature=feature, constant=sharpness is not None, horizon=horizon)
+
     def fused_features(self, q: Tensor, k: Tensor, v: Tensor, feature: str, **options: Any) -> Tensor:
         """The same for a φ of a map of its own, which the kernels make where they use it; ``options`` are theirs.
 
