@@ -278,7 +278,7 @@ def test_the_completion_script_can_be_installed(tmp_path: Path) -> None:
     [
         (("run", "mechanism=foo"), ["unknown mechanism 'foo'", "linear, linformer"]),
         (("run", "mechanism=[linear,foo]"), ["unknown mechanism 'foo'", "linear, linformer"]),
-        (("plan", "+sweep=foo"), ["unknown sweep 'foo'", "long_seq, paper_based"]),
+        (("plan", "+sweep=foo"), ["unknown sweep 'foo'", "long_seq, maps, paper_based"]),
         (("plan", "sweep=smoke"), ["+sweep=NAME"]),
         (("run", "device=tpu"), ["unknown device 'tpu'", "cpu, cuda"]),
         (("run", "measure=speeed"), ["unknown measure 'speeed'", "memory, speed"]),

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from linbench.measure.call import Call
 from linbench.mechanisms.base import Mechanism, extras_until
-from linbench.mechanisms.cores.cache import Cache, Ring
 
 LONGEST_WALK_TOKENS = 256
 """Where a state is built token by token, longer sequences are not walked to their end."""
@@ -33,8 +32,8 @@ def state_after(call: Call) -> tuple[Any, int]:
 def state_bytes(state: Any, constants: Any = ()) -> int:
     """Bytes of the memory behind a state's tensors; what several of them share is counted once.
 
-    Of a cache only the rows that tokens have filled count: how much room it keeps for more is no property of the
-    mechanism.
+    Of a cache, and of whatever else has ``held()``, only what tokens have filled counts: how much room it keeps for
+    more is no property of the mechanism.
 
     Args:
         state: tensors in dataclasses, tuples, lists, mappings and objects with attributes, nested as they are.
@@ -64,7 +63,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor | _Filled]:
     if isinstance(value, Tensor):
         yield value
         return
-    if isinstance(value, Cache | Ring):
+    if hasattr(value, "held"):
         yield from (_Filled(rows) for rows in value.held())
         return
     if id(value) in seen or isinstance(value, torch.nn.Module):

@@ -40,7 +40,7 @@ def items(extent: Extent) -> list[Item]:
         )
         for shape in extent.shapes
         for pass_ in PASSES
-        for name in ("softmax", *extent.mechanisms)
+        for name in dict.fromkeys(("softmax", *extent.mechanisms))
     ]
 
 

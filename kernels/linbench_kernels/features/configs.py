@@ -101,7 +101,10 @@ def config(task: Task) -> Tiles:
     if task.operand_bytes > 2:
         columns = 32 if features <= 128 and task.operand_bytes == 4 else 16
         return Tiles(chunk=16 if task.maps else 32, columns=columns, warps=8, stages=1, depth=depth)
-    hopper = task.arch == "sm_90" or task.arch.startswith("sm_10")
+    blackwell = task.arch.startswith("sm_10")
+    # with four warps Triton 3.7 puts the product with W into tensor memory, and then has no layout for sums over features
+    warps = 2 if blackwell and task.maps else 8
+    hopper = task.arch == "sm_90" or blackwell
     tma = hopper and task.aligned and depth >= block(task.key_dim)
     if task.feature in ELEMENTWISE:
         narrow = task.kernel in BACK and task.tiles == 2 and block(task.key_dim) > 64
@@ -111,9 +114,9 @@ def config(task: Task) -> Tiles:
         # loads ahead need registers for their addresses, and those of the queries serialise products where W learns
         ahead = task.feature == "fourier" or (not task.learns and block(task.key_dim) <= 64)
         stages = 2 if task.kernel == "keys" and ahead else 1
-        return Tiles(chunk=16, columns=16 if narrow else 32, warps=8, stages=stages, tma=tma, depth=depth)
+        return Tiles(chunk=16, columns=16 if narrow else 32, warps=warps, stages=stages, tma=tma, depth=depth)
     chunk = 16 if task.kernel == "values" or task.feature in LEVELLED else 32
-    return Tiles(chunk=chunk, columns=32, warps=8, stages=2, tma=tma, depth=depth)
+    return Tiles(chunk=chunk, columns=32, warps=warps, stages=2, tma=tma, depth=depth)
 
 
 def kept_rows(task: Task) -> int:
