@@ -102,7 +102,7 @@ def config(task: Task) -> Tiles:
         columns = 32 if features <= 128 and task.operand_bytes == 4 else 16
         return Tiles(chunk=16 if task.maps else 32, columns=columns, warps=8, stages=1, depth=depth)
     blackwell = task.arch.startswith("sm_10")
-    # with four warps Triton 3.7 puts the product with W into tensor memory, and then has no layout for sums over features
+    # with four warps Triton 3.7 puts the product with W into tensor memory, and has no layout for sums over features
     warps = 2 if blackwell and task.maps else 8
     hopper = task.arch == "sm_90" or blackwell
     tma = hopper and task.aligned and depth >= block(task.key_dim)
