@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 from linbench_kernels.additive.configs import block
+from linbench_kernels.tables import tuned
 from linbench_kernels.window.configs import Config
 
 KERNELS = ("forward", "queries", "keys")
 
 
-@functools.cache
+@tuned
 def config(kernel: str, arch: str, operand_bytes: int, key_dim: int, value_dim: int) -> Config:
     """The configuration of a kernel for products of numbers of so many bytes; none has been timed."""
     width = max(block(key_dim), block(value_dim))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from linbench_kernels.additive.configs import Config, block, cdiv
+from linbench_kernels.tables import tuned
 
 FEATURES = ("identity", "elu_plus_one", "layer_norm", "softmax", "exponential", "unit", "turned")
 """φ by name: see :mod:`linbench_kernels.noncausal.maps`."""
@@ -40,7 +40,7 @@ def tiles(feature: str) -> int:
     return 2 if feature == "turned" else 1
 
 
-@functools.cache
+@tuned
 def config(task: Task) -> Config:
     """The configuration of a task: on sm_90 in bf16, up to widths of 128, nothing spills."""
     whole = block(task.value_dim)
